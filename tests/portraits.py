@@ -1,0 +1,115 @@
+"Portraits for the tests, made from the public domain pictures that ship with scikit-image and matplotlib."
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+
+@lru_cache(maxsize=1)
+def astronaut() -> np.ndarray:
+    "Eileen Collins, NASA: 512x512, a face of 90 pixels, smiling with her teeth."
+    from skimage import data
+    return np.ascontiguousarray(data.astronaut())
+
+
+@lru_cache(maxsize=1)
+def hopper() -> np.ndarray:
+    "Grace Hopper, US Navy: 512x600, glasses, a cap, mouth closed."
+    from matplotlib import cbook
+    from PIL import Image
+    with cbook.get_sample_data("grace_hopper.jpg") as f: return np.asarray(Image.open(f).convert("RGB"))
+
+
+@lru_cache(maxsize=1)
+def marks() -> np.ndarray:
+    "The astronaut's landmarks."
+    from myspinbot.face import choose_face, find_faces, refine_face
+    return refine_face(astronaut(), choose_face(find_faces(astronaut()))[0])[1]
+
+
+def turned(rgb: np.ndarray, degrees: float, border: int = cv2.BORDER_REFLECT) -> np.ndarray:
+    h, w = rgb.shape[:2]
+    m = cv2.getRotationMatrix2D((w * 0.45, h * 0.3), degrees, 1)
+    return cv2.warpAffine(rgb, m, (w, h), flags=cv2.INTER_CUBIC, borderMode=border)
+
+
+def dark(rgb: np.ndarray, light: float = 0.13) -> np.ndarray:
+    noise = np.random.default_rng(1).normal(0, 1.2, rgb.shape)
+    return (rgb * light + noise).clip(0, 255).astype(np.uint8)
+
+
+def glasses(rgb: np.ndarray, p: np.ndarray) -> np.ndarray:
+    "Dark round frames with a slight reflection."
+    out, k = cv2.resize(rgb, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC), 4
+    eyes = [p[36:42].mean(0) * k, p[42:48].mean(0) * k]
+    r = 0.30 * float(np.linalg.norm(eyes[1] - eyes[0]))
+    ink, w = (38, 30, 34), max(2, round(r * 0.13))
+    glass = out.copy()
+    for e in eyes: cv2.ellipse(glass, (round(e[0]), round(e[1])), (round(r), round(r * 0.82)), 0, 0, 360, (205, 215, 225), -1)
+    out = cv2.addWeighted(out, 0.9, glass, 0.1, 0)
+    for e in eyes: cv2.ellipse(out, (round(e[0]), round(e[1])), (round(r), round(r * 0.82)), 0, 0, 360, ink, w, cv2.LINE_AA)
+    a, b = eyes[0] + (r, 0), eyes[1] - (r, 0)
+    cv2.line(out, tuple(np.round(a).astype(int)), tuple(np.round(b).astype(int)), ink, w, cv2.LINE_AA)
+    for e, temple, s in ((eyes[0], p[0] * k, -1), (eyes[1], p[16] * k, 1)):
+        cv2.line(out, (round(e[0] + s * r), round(e[1])), tuple(np.round(temple).astype(int)), ink, w, cv2.LINE_AA)
+    return cv2.resize(out, (rgb.shape[1], rgb.shape[0]), interpolation=cv2.INTER_AREA)
+
+
+def beard(rgb: np.ndarray, p: np.ndarray) -> np.ndarray:
+    "A full beard and moustache of drawn hairs; the lips stay free."
+    k, rng = 4, np.random.default_rng(2)
+    out = cv2.resize(rgb, None, fx=k, fy=k, interpolation=cv2.INTER_CUBIC)
+    q, unit = p * k, float(np.linalg.norm(p[45] - p[36])) * k
+    low = q[2:15] + (0, 0.06 * unit)
+    skin, lips = np.zeros(out.shape[:2], np.uint8), np.zeros(out.shape[:2], np.uint8)
+    upper = np.array([q[14] * .75 + q[54] * .25, q[35] + (0.03 * unit, 0.10 * unit), q[33] + (0, 0.05 * unit),
+                      q[31] + (-0.03 * unit, 0.10 * unit), q[2] * .75 + q[48] * .25])
+    cv2.fillPoly(skin, [np.vstack([low, upper]).round().astype(np.int32)], 255)
+    cv2.fillPoly(lips, [q[48:60].round().astype(np.int32)], 255)
+    lips = cv2.dilate(lips, np.ones((5, 5), np.uint8))
+    soft = cv2.GaussianBlur(((skin > 0) & (lips == 0)).astype(np.float32), (0, 0), unit * 0.025)
+    hair = out.copy()
+    ys, xs = np.nonzero((skin > 0) & (lips == 0))
+    for i in rng.integers(0, len(xs), 9000):
+        x, y = int(xs[i]), int(ys[i])
+        lean, tone = (x - q[8][0]) / unit * 0.6 + rng.normal(0, .25), rng.integers(28, 92)
+        n = unit * rng.uniform(.03, .07)
+        cv2.line(hair, (x, y), (round(x + n * lean), round(y + n)), (int(tone), int(tone * .72), int(tone * .5)), 2, cv2.LINE_AA)
+    out = (out * (1 - soft[..., None]) + hair * soft[..., None]).astype(np.uint8)
+    return cv2.resize(out, (rgb.shape[1], rgb.shape[0]), interpolation=cv2.INTER_AREA)
+
+
+def wide_4000(rgb: np.ndarray) -> np.ndarray:
+    "4000 pixels wide, the person at its right; the rest is a soft continuation of the wall."
+    big = cv2.resize(rgb, (2600, 2600), interpolation=cv2.INTER_CUBIC)
+    left = cv2.GaussianBlur(cv2.resize(big[:, :300], (1400, 2600)), (0, 0), 30)
+    return np.hstack([left, big])
+
+
+def small_face(rgb: np.ndarray, width: int = 320) -> np.ndarray:
+    return cv2.resize(rgb, (width, width * rgb.shape[0] // rgb.shape[1]), interpolation=cv2.INTER_AREA)
+
+
+VARIANTS: dict[str, Callable[[], np.ndarray]] = {
+    "plain": astronaut,
+    "dark": lambda: dark(astronaut()),
+    "turned_15": lambda: turned(astronaut(), 15),
+    "turned_minus_30": lambda: turned(astronaut(), -30),
+    "upside_down": lambda: np.ascontiguousarray(astronaut()[::-1, ::-1]),
+    "glasses": lambda: glasses(astronaut(), marks()),
+    "beard": lambda: beard(astronaut(), marks()),
+    "wide_4000": lambda: wide_4000(astronaut()),
+    "face_of_90": lambda: np.ascontiguousarray(astronaut()[20:220, 120:330]),
+    "face_of_55": lambda: small_face(astronaut()),
+    "hopper": hopper,
+    "hopper_dark_turned": lambda: dark(turned(hopper(), -15)),
+}
+
+
+def write(name: str, folder: Path) -> Path:
+    "A variant as a PNG file."
+    path = folder / f"{name}.png"
+    if not path.exists(): cv2.imwrite(str(path), VARIANTS[name]()[..., ::-1])
+    return path

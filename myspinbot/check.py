@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Place', 'refs_in', 'needs_of', 'dependencies', 'topological', 'matches', 'show_ref', 'Scope', 'check_node',
-           'check_condition', 'problems', 'validate_graph', 'revive', 'as_type', 'resolve_params', 'params_from_text',
-           'file_values', 'replace_files', 'store_files']
+           'check_condition', 'problems', 'validate_graph', 'revive', 'plain', 'as_type', 'resolve_params',
+           'params_from_text', 'file_values', 'replace_files', 'store_files']
 
 # %% ../nbs/03_check.ipynb #cb7fb173
 from collections.abc import Iterable, Iterator, Mapping
@@ -185,7 +185,7 @@ def validate_graph(
     more = f" ({len(found) - 1} more in `problems`.)" if len(found) > 1 else ""
     raise GraphError(found[0].message, found[0].hint + more, **{**found[0].fields, "problems": [str(o) for o in found]}) from found[0]
 
-# %% ../nbs/03_check.ipynb #527b38ef
+# %% ../nbs/03_check.ipynb #d494a750
 def revive(v: Any) -> Any:
     "Plain JSON with its artifacts made `Artifact`s; everything else stays as it is."
     if isinstance(v, list | tuple): return [revive(o) for o in v]
@@ -195,11 +195,11 @@ def revive(v: Any) -> Any:
         except ValidationError: return v  # somebody's data that happens to have a `kind`
     return {k: revive(o) for k, o in v.items()}
 
-def _plain(v: Any) -> Any:
+def plain(v: Any) -> Any:
     "Paths as text, tuples as lists."
     if isinstance(v, Path): return str(v)
-    if isinstance(v, list | tuple): return [_plain(o) for o in v]
-    if isinstance(v, dict): return {k: _plain(o) for k, o in v.items()}
+    if isinstance(v, list | tuple): return [plain(o) for o in v]
+    if isinstance(v, dict): return {k: plain(o) for k, o in v.items()}
     return str(v) if isinstance(v, str) else v
 
 def as_type(v: Any, type: str) -> Any:
@@ -221,7 +221,7 @@ def resolve_params(
         told = "; ".join(f"{p.name} ({p.type}{': ' + p.help if p.help else ''})" for p in missing)
         raise InputError(f"{graph.name} needs {told}.", f"Pass {missing[0].name}=...", missing=[p.name for p in missing])
     for name, p in ports.items():
-        v = revive(_plain(given.get(name, p.default)))
+        v = revive(plain(given.get(name, p.default)))
         if not fits(v, p.type) and (name in given or p.default is not None):
             raise InputError(f"{graph.name}: {name} takes {p.type}, but got {v!r:.80} ({type_of(v)}).", p.help, parameter=name)
         values[name] = as_type(v, p.type)

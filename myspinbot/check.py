@@ -7,16 +7,18 @@ __all__ = ['Place', 'refs_in', 'needs_of', 'dependencies', 'topological', 'match
            'check_condition', 'problems', 'validate_graph', 'revive', 'plain', 'as_type', 'resolve_params',
            'params_from_text', 'file_values', 'replace_files', 'store_files']
 
-# %% ../nbs/03_check.ipynb #cb7fb173
+# %% ../nbs/03_check.ipynb #866c69ff
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from .catalogue import Catalogue, catalogue, did_you_mean, fits, type_of
+from .catalogue import Catalogue, catalogue
 from .core import GraphError, InputError, NotFound, SpinError
-from .schema import MEDIA, Artifact, Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec, is_media, parse_value, port_type
+from .schema import MEDIA, Artifact, Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec, is_media, parse_value
+from .schema import port_type
+from .spec import did_you_mean, fits, type_of
 
 # %% ../nbs/03_check.ipynb #dc8381cd
 def refs_in(

@@ -6,19 +6,20 @@
 __all__ = ['default_catalogue', 'When', 'Value', 'StepHandle', 'Pipeline', 'draw', 'file_values', 'mermaid', 'params_from_text',
            'replace_files', 'resolve_params', 'store_files', 'validate_graph']
 
-# %% ../nbs/03_graph.ipynb #398d6a9b
+# %% ../nbs/03_graph.ipynb #38742c61
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastcore.basics import patch
 from pydantic import ValidationError
 
-from .catalogue import Catalogue, catalogue, did_you_mean, fits, type_of
+from .catalogue import Catalogue, catalogue
 from .check import Scope, check_condition, check_node, file_values, params_from_text, plain
 from .check import replace_files, resolve_params, show_ref, store_files, validate_graph
 from .core import GraphError, NotFound
 from .draw import draw, mermaid
 from .schema import Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec, port_type
+from .spec import did_you_mean, fits, type_of
 
 _all_ = ["draw", "file_values", "mermaid", "params_from_text", "replace_files", "resolve_params", "store_files", "validate_graph"]
 

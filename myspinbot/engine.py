@@ -193,7 +193,7 @@ def _mark(nb: Any) -> None:
     cells = [(index, ERROR_ANCHOR_MSG), (0, ERROR_MESSAGE_TEMPLATE % nb.cells[index].execution_count)]
     for at, text in cells: nb.cells.insert(at, new_markdown_cell(text, metadata={"tags": [ERROR_MARKER_TAG]}))
 
-# %% ../nbs/22_engine.ipynb #a36906d0
+# %% ../nbs/22_engine.ipynb #5b1bbcdf
 @lru_cache(maxsize=128)
 def _parsed(path: str, mtime_ns: int, size: int) -> Any:
     from papermill.iorw import load_notebook_node
@@ -209,15 +209,16 @@ def load_notebook(path: str | Path, parameters: dict[str, Any] | None = None) ->
         nb = copy.deepcopy(_parsed(str(path), stat.st_mtime_ns, stat.st_size))
     except FileNotFoundError as e: raise NotFound(f"No notebook {str(path)!r}.", "See `myspinbot steps`.") from e
     except (NotJSONError, ValueError, AttributeError, KeyError) as e:
-        raise InputError(f"Not a notebook: {str(path)!r} ({str(e)[:200]}).", "Open it in JupyterLab and save it.") from e
+        raise InputError(f"Not a notebook: {str(path)!r} ({str(e)[:200]}).", "Save it again in JupyterLab.") from e
     nb.metadata.setdefault("kernelspec", type(nb)(name="python3", language="python", display_name="Python 3"))
     language = nb.metadata.get("language_info", {}).get("name") or nb.metadata.kernelspec.get("language") or "python"
     if parameters: nb = parameterize_notebook(nb, parameters, language=language)
     nb = remove_error_markers(nb)
     nb.metadata.papermill.update(start_time=_now(), end_time=None, duration=None, exception=None)
+    blank = dict(exception=None, start_time=None, end_time=None, duration=None, status="pending")
     for cell in nb.cells:
         if cell.cell_type == "code": cell.execution_count, cell.outputs = None, []
-        cell.metadata.papermill = type(nb)(exception=None, start_time=None, end_time=None, duration=None, status="pending")
+        cell.metadata.papermill = type(nb)(blank)
     return nb
 
 def save_notebook(nb: Any, path: str | Path) -> None:

@@ -163,7 +163,7 @@ def _mtime_ns(path: str | Path) -> int:
     try: return os.stat(path).st_mtime_ns
     except FileNotFoundError: return 0
 
-# %% ../nbs/21_kernels.ipynb #31a09f02
+# %% ../nbs/21_kernels.ipynb #02f15303
 _PORTS = dict(shell_port=1, iopub_port=2, stdin_port=3, control_port=4, hb_port=5)
 
 class Kernel:
@@ -206,7 +206,7 @@ class Kernel:
         how = "without a trace" if code is None else f"with exit code {code}"
         if code is not None and code < 0: how = f"by {signal.Signals(-code).name}"
         said = self.log.read_text(errors="replace")[-2000:].strip() if self.log.exists() else ""
-        hints = {-9: "Often memory: lower the size, or give the machine more.", 0: "A step must not end its own kernel."}
+        hints = {-9: "Often memory: lower the size, or give it more.", 0: "A step must not end its own kernel."}
         return KernelDied(f"The kernel ended {how}.", hints.get(code, ""), exit_code=code, log=said)
 
     def interrupt(self) -> None: self._signal(signal.SIGINT)

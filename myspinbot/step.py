@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREVIEW_PX', 'enter', 'append_event', 'preview_jpeg', 'Bar', 'Step', 'Audio', 'Data', 'Image', 'Video']
 
-# %% ../nbs/20_step.ipynb #0d38df3e
+# %% ../nbs/20_step.ipynb #34fbf9f4
 import base64, html, io, json, math, os, shutil, sys, time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from .core import InputError, NotFound, StepFailed, canonical_json
+from .core import ConfigError, InputError, NotFound, StepFailed, canonical_json
 from .schema import Audio, Data, Image, Video, is_media, port_type
 
 _all_ = ["Audio", "Data", "Image", "Video"]
@@ -169,14 +169,14 @@ def _tell(self: Step) -> None:
 def _event(self: Step, kind: str, **body: Any) -> None:
     if self.on_worker: append_event(self.folder / "events.jsonl", kind, body)
 
-# %% ../nbs/20_step.ipynb #3b689979
+# %% ../nbs/20_step.ipynb #59576352
 _PYTHON = dict(str=str, int=int, float=(int, float), bool=bool, list=list, dict=dict, any=object)
 
 def _declared_outputs(id: str) -> dict[str, str] | None:
-    "What the catalogue says; None for a step that it does not have."
+    "What the catalogue says; None when there is none or it lacks the step."
     from myspinbot.catalogue import catalogue
     try: return dict(catalogue().step(id).outputs)
-    except NotFound: return None
+    except (ConfigError, NotFound): return None
 
 @patch
 def output(self: Step,
@@ -197,7 +197,7 @@ def output(self: Step,
     part.replace(self.folder / "outputs.json")
     if self._held: self._tell()
 
-# %% ../nbs/20_step.ipynb #696bd4bf
+# %% ../nbs/20_step.ipynb #b7ed79f9
 @patch
 def _checked(self: Step, name: str, kind: str, value: Any) -> Any:
     got = f"got {type(value).__name__} {value!r:.100}"
@@ -209,7 +209,7 @@ def _checked(self: Step, name: str, kind: str, value: Any) -> Any:
     if not isinstance(value, _PYTHON[kind]) or (kind in ("int", "float") and isinstance(value, bool)):
         raise StepFailed(f"Output {name!r} is declared {kind}, {got}.", f"Give a {kind}.")
     try: return json.loads(canonical_json(value))
-    except InputError as e: raise StepFailed(f"Output {name!r}: {e.message}", "Declare a media type, give a path.") from e
+    except InputError as e: raise StepFailed(f"Output {name!r}: {e.message}", "Declare a file and give a path.") from e
 
 @patch
 def _file(self: Step, name: str, kind: str, value: Any) -> str:

@@ -54,7 +54,7 @@ def _entry(stream: str, id: str, raw: dict[bytes, bytes], consumer: str) -> Entr
         message, error = None, f"schema_version {version} is newer than {VERSION}, the newest this worker knows"
     return Entry(id, stream, consumer, message, raw, error)
 
-# %% ../nbs/11_bridge.ipynb #421108ac
+# %% ../nbs/11_bridge.ipynb #bbe48a16
 COMMAND_S = 5.0    # a command's reply, and the connect, must come within this
 BLOCK_MS = 2_000   # longest blocking read: a dead connection is noticed soon after
 HINT_ALL: dict[str, str] = {"job": "", "key": ""}  # "hints may have been missed: look at everything"
@@ -75,9 +75,10 @@ def connect(
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
-    try:
-        return redis.Redis.from_url(url, protocol=2, socket_timeout=timeout_s, socket_connect_timeout=COMMAND_S,
-            socket_keepalive=True, health_check_interval=0, retry=Retry(NoBackoff(), retries), retry_on_timeout=False)
+    options = dict(protocol=2, socket_timeout=timeout_s, socket_connect_timeout=COMMAND_S, health_check_interval=0,
+                   retry=Retry(NoBackoff(), retries), retry_on_timeout=False)
+    if not url.startswith("unix:"): options["socket_keepalive"] = True
+    try: return redis.Redis.from_url(url, **options)
     except (ValueError, redis.RedisError) as e:
         raise ServiceUnavailable(f"Not a Redis URL: {hide_password(url)!r} ({e}).",
                                  "It looks like redis://127.0.0.1:6379/0.") from e
@@ -290,7 +291,7 @@ def hand_back(self: Bridge, entry: Entry) -> str | None:
         id = self._script(self._redis, HAND_BACK, [entry.stream], GROUP, entry.id, entry.consumer)
     return id.decode() if id else None
 
-# %% ../nbs/11_bridge.ipynb #c28bd8b2
+# %% ../nbs/11_bridge.ipynb #a46d0167
 @patch
 def dead_letter(self: Bridge,
     entry: Entry,  # which we hold
@@ -310,7 +311,8 @@ def dead_letters(self: Bridge, limit: int = 100) -> list[dict[str, Any]]:
 
 def _dead(id: str, f: dict[bytes, bytes]) -> dict[str, Any]:
     raw = {k.removeprefix(b"raw:"): v for k, v in f.items() if k.startswith(b"raw:")}
-    return dict(id=id, entry=f[b"id"].decode(), **{k: f[k.encode()].decode() for k in ("stream", "consumer", "reason")}, raw=raw)
+    head = {k: f[k.encode()].decode() for k in ("stream", "consumer", "reason")}
+    return dict(id=id, entry=f[b"id"].decode(), **head, raw=raw)
 
 # %% ../nbs/11_bridge.ipynb #9e46aa15
 @patch
@@ -380,7 +382,7 @@ def follow_cancel(self: Bridge, stop: threading.Event) -> Iterator[str]:
     "Ids of cancelled jobs; an empty one whenever some may have been missed."
     for data in self._follow(CANCEL, stop): yield data.decode()
 
-# %% ../nbs/11_bridge.ipynb #f8024ed1
+# %% ../nbs/11_bridge.ipynb #3abfd444
 @patch
 def epoch(self: Bridge) -> str:
     "The identity of this Redis' content; made on first use."
@@ -427,14 +429,16 @@ def problems(self: Bridge) -> list[str]:
     return [text for bad, text in (
         (version < (6, 2), f"redis-server {info['redis_version']} is older than 6.2, the first with XAUTOCLAIM."),
         (policy != "noeviction", f"maxmemory-policy is {policy}: streams could be evicted. Set it to noeviction."),
-        (not info.get("aof_enabled"), "appendonly is off: a restart empties Redis, and waiting work is published again.")) if bad]
+        (not info.get("aof_enabled"), "appendonly is off: a restart empties Redis; waiting work is published again."),
+    ) if bad]
 
-# %% ../nbs/11_bridge.ipynb #c58a8753
+# %% ../nbs/11_bridge.ipynb #95f9c420
 class _MemoryHints:
     "Hints of the twin: jobs, ended steps, cancelled jobs."
     def __init__(self, on_recreated: Callable[[list[str]], None] | None = None):
         self.url, self.on_recreated, self.recreated, self.last_read = "memory:", on_recreated, 0, time.monotonic()
-        self._lock, self._epoch, self._ids, self._turn = threading.Condition(), secrets.token_hex(8), counter(1), counter()
+        self._lock, self._epoch = threading.Condition(), secrets.token_hex(8)
+        self._ids, self._turn = counter(1), counter()
         self._fresh: dict[str, dict[str, dict[bytes, bytes]]] = {}    # stream -> id -> fields, not delivered yet
         self._held: dict[str, dict[str, list]] = {}                   # stream -> id -> [consumer, since, fields]
         self._jobs: dict[str, None] = {}
@@ -475,7 +479,7 @@ class _MemoryHints:
     def publish_cancel(self, job: str) -> None: self._tell(CANCEL, job.encode())
     follow_done, follow_cancel = Bridge.follow_done, Bridge.follow_cancel
 
-# %% ../nbs/11_bridge.ipynb #68ba2af3
+# %% ../nbs/11_bridge.ipynb #153c8e02
 class _MemoryWork(_MemoryHints):
     "Work streams of the twin: publish, read, hold."
     _streams = Bridge._streams
@@ -489,8 +493,8 @@ class _MemoryWork(_MemoryHints):
     def _mine(self, o: Entry, consumer: str = "") -> bool:
         return self._held.get(o.stream, {}).get(o.id, [""])[0] == (consumer or o.consumer)
 
-    def _all_held(self, queues: Sequence[str], consumer: str, when: Callable[[list], bool], count: int | None = None) -> list[Entry]:
-        rows = [(s, id, o) for s in self._streams(queues) for id, o in self._held.get(s, {}).items() if when(o)][:count]
+    def _all_held(self, queues: Sequence[str], consumer: str, when: Callable[[list], bool]) -> list[Entry]:
+        rows = [(s, id, o) for s in self._streams(queues) for id, o in self._held.get(s, {}).items() if when(o)]
         return [_entry(s, id, o[2], consumer) for s, id, o in rows]
 
     def publish_many(self, items: Iterable[tuple[str, Priority, StepMessage]]) -> list[str]:
@@ -514,7 +518,7 @@ class _MemoryWork(_MemoryHints):
         self.last_read = time.monotonic()
         return entries
 
-# %% ../nbs/11_bridge.ipynb #280f47d7
+# %% ../nbs/11_bridge.ipynb #55b92cee
 class MemoryBridge(_MemoryWork):
     "What `Bridge` does, inside one process."
     __enter__, __exit__ = Bridge.__enter__, Bridge.__exit__
@@ -531,14 +535,15 @@ class MemoryBridge(_MemoryWork):
     def reclaim(self, queues: Sequence[str], consumer: str, min_idle_ms: int, count: int = 1) -> list[Entry]:
         with self._lock:
             limit = time.monotonic() - min_idle_ms/1000
-            taken = self._all_held(queues, consumer, lambda o: o[1] <= limit, max(count, 0))
+            taken = self._all_held(queues, consumer, lambda o: o[1] <= limit)[:max(count, 0)]
             for o in taken: self._held[o.stream][o.id][:2] = [consumer, time.monotonic()]
             return taken
 
     def own_pending(self, queues: Sequence[str], consumer: str) -> list[Entry]:
         with self._lock: return self._all_held(queues, consumer, lambda o: o[0] == consumer)
 
-    def forget_consumer(self, queues: Sequence[str], consumer: str) -> bool: return not self.own_pending(queues, consumer)
+    def forget_consumer(self, queues: Sequence[str], consumer: str) -> bool:
+        return not self.own_pending(queues, consumer)
 
     def finish_many(self, items: Sequence[tuple[Entry, dict[str, Any] | None]]) -> int:
         done = 0

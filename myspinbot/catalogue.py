@@ -208,7 +208,7 @@ def pipeline(self: Catalogue, name: str) -> Any:
     if not cells: raise NotebookError(f"{path.name}: no cell is tagged `pipeline`.", "Tag the cells that build the graph.")
     with using(self):
         for i, src in cells: _run_cell(src, f"{path.name}, cell {i}", space)
-    built = {id(v): k for k, v in space.items() if not isinstance(v, type) and hasattr(v, "to_graph")}
+    built = {id(v): k for k, v in space.items() if not isinstance(v, type) and hasattr(type(v), "to_graph")}
     if len(built) != 1:
         said = f"{', '.join(sorted(built.values()))} have" if built else "no object has"
         raise NotebookError(f"{path.name}: {said} a `to_graph()` after the cells tagged `pipeline`.", "Build one Pipeline.")

@@ -1,4 +1,4 @@
-"""Real services for the tests: one redis-server and one PostgreSQL for the whole run, a clean database for each test."""
+"""Real services for the tests: one redis-server and one PostgreSQL for the run, a clean database for each test."""
 import os
 import shutil
 import socket
@@ -30,7 +30,8 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     "URL of a redis-server of this test run (AOF on, noeviction)."
     import redis
     port, folder = free_port(), tmp_path_factory.mktemp("redis")
-    proc = subprocess.Popen([redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "",
+    proc = subprocess.Popen([redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder),
+        "--save", "",
                              "--appendonly", "yes", "--maxmemory-policy", "noeviction"], stdout=subprocess.DEVNULL)
     url = f"redis://127.0.0.1:{port}/0"
     r, end = redis.Redis.from_url(url), time.monotonic() + 20
@@ -78,3 +79,16 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
     d["dbname"] = name
     yield psycopg.conninfo.make_conninfo(**d)
     with psycopg.connect(postgres_server, autocommit=True) as c: c.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture
+def farm(tmp_path: Path, redis_url: str, postgres_url: str) -> Iterator:
+    "Makes installations: `farm(pipelines_dir)`; all their processes end with the test."
+    from farm import Farm
+    made = []
+
+    def make(pipelines: Path, **kw) -> Farm:
+        made.append(Farm(tmp_path / f"farm{len(made)}", redis_url, postgres_url, pipelines, **kw))
+        return made[-1]
+    yield make
+    for f in made: f.close()

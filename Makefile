@@ -1,0 +1,69 @@
+# `make demo` renders a talking portrait, `make test` runs every lesson and test. Neither needs root, Docker or a model hub.
+SHELL := /bin/sh
+VENV  := .venv
+BIN   := $(VENV)/bin
+META  := settings.ini setup.py pyproject.toml
+NOTEBOOKS := nbs pipelines dashboards
+
+# The first interpreter that is Python 3.11 or 3.12 and can make virtual environments; override with PYTHON=...
+QUALIFIES := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	if $$p -c '$(QUALIFIES)' 2>/dev/null; then echo $$p; break; fi; done)
+
+.PHONY: demo test lint check readme bench lab clean install dev
+
+demo: $(VENV)/.installed  ## a video from the sample portrait
+	$(BIN)/myspinbot demo
+
+test: $(VENV)/.dev  ## all lessons and tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## style of the exported package and the tests, layers of the modules
+	$(BIN)/ruff check myspinbot tests setup.py
+	$(BIN)/lint-imports
+
+check: $(VENV)/.dev  ## notebooks clean, package in sync, README current: nothing may change
+	for d in $(NOTEBOOKS); do $(BIN)/nbdev-clean --fname $$d || exit 1; done
+	$(BIN)/nbdev-export
+	$(BIN)/python -c 'from myspinbot.dev import build_readme; print(*build_readme() or ["README.md is current"])'
+	@changed=$$(git status --porcelain); if [ -n "$$changed" ]; then \
+		echo "Not clean after nbdev-clean, nbdev-export and the README build; commit or remove:"; echo "$$changed"; git diff --stat; exit 1; fi
+
+readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
+	$(BIN)/python -c 'from myspinbot.dev import build_readme; print(*build_readme() or ["README.md is current"])'
+
+bench: $(VENV)/.dev  ## benchmarks; each prints a table
+	@for f in tests/bench/*.py; do echo "== $$f"; $(BIN)/python $$f || exit 1; done
+
+lab: $(VENV)/.installed  ## JupyterLab on this checkout
+	$(BIN)/myspinbot lab
+
+clean:  ## remove what was made here, the environment included
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis spin-steps
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+install: $(VENV)/.installed
+dev: $(VENV)/.dev
+
+$(VENV)/bin/python:
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "MySpinBot needs Python 3.11 or 3.12 with venv; none of python3, python3.12, python3.11 is one."; \
+		echo "Install it (Debian, Ubuntu: apt-get install python3 python3-venv) or say where it is: make demo PYTHON=/path/to/python3.12"; \
+		exit 1; fi
+	$(PYTHON) -m venv $(VENV)
+
+# uv installs in seconds what takes pip minutes; where it cannot be had, pip does the same.
+define pip_install
+	@$(BIN)/uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv || true
+	@echo "Installing $(1) into $(VENV) ..."
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -e '$(1)' \
+		|| { echo "uv could not install it; trying pip."; $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '$(1)'; }
+endef
+
+$(VENV)/.installed: $(META) | $(VENV)/bin/python
+	$(call pip_install,.)
+	@touch $@
+
+$(VENV)/.dev: $(META) | $(VENV)/bin/python
+	$(call pip_install,.[dev])
+	@touch $@ $(VENV)/.installed

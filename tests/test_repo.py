@@ -1,0 +1,107 @@
+"""The checkout agrees with itself: notebooks are clean, package and README are what they export, the layers hold."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("nbs", "pipelines", "dashboards")
+HEAVY = ("torch", "dlib", "av", "cv2", "onnx", "onnxruntime", "piper", "ncnn", "skimage", "scipy", "matplotlib",
+         "psycopg", "redis", "minio", "langgraph", "papermill", "fastapi", "uvicorn", "boto3", "playwright")
+
+
+def notebooks(*folders: str) -> list[Path]:
+    return sorted(p for f in folders for p in (ROOT / f).rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+
+
+def tool(name: str, *args: str, cwd: Path = ROOT) -> str:
+    command = [str(Path(sys.executable).parent / name), *args]
+    run = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, f"{name}: {run.stdout[-4000:]}{run.stderr[-4000:]}"
+    return run.stdout
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    "A copy of what nbdev reads and writes, so that a check never changes the checkout."
+    skip = shutil.ignore_patterns("__pycache__", ".ipynb*", "spin-steps")
+    for f in (*FOLDERS, "myspinbot"): shutil.copytree(ROOT / f, tmp_path / f, ignore=skip)
+    for f in ("pyproject.toml", "settings.ini", "setup.py", "README.md", "LICENSE"): shutil.copy(ROOT / f, tmp_path / f)
+    return tmp_path
+
+
+def differing(copy: Path, *folders: str) -> list[str]:
+    "Files that are not the same in the copy and in the checkout."
+    seen = {p.relative_to(top) for top in (ROOT, copy) for f in folders for p in (top / f).rglob("*")
+            if p.is_file() and not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts)}
+    read = lambda p: p.read_bytes() if p.is_file() else None
+    return sorted(str(p) for p in seen if read(ROOT / p) != read(copy / p))
+
+
+def test_notebooks_are_clean(copy: Path) -> None:
+    for f in FOLDERS: tool("nbdev-clean", "--fname", str(copy / f), cwd=copy)
+    assert differing(copy, *FOLDERS) == [], "run: make check"
+
+
+def test_cleaning_keeps_the_tags_that_papermill_and_the_catalogue_read(copy: Path) -> None:
+    def tags() -> dict[str, list[list[str]]]:
+        return {p.name: [c["metadata"].get("tags", []) for c in json.loads(p.read_text())["cells"]]
+                for p in (copy / "pipelines").rglob("*.ipynb")}
+    before = tags()
+    tool("nbdev-clean", "--fname", str(copy / "pipelines"), cwd=copy)
+    assert before == tags()
+    for name, cells in before.items(): assert ["parameters"] in cells, f"{name} has no cell tagged parameters"
+
+
+def test_the_package_is_what_the_notebooks_export(copy: Path) -> None:
+    for p in (copy / "myspinbot").glob("*.py"):
+        if p.name != "__init__.py": p.unlink()
+    tool("nbdev-export", cwd=copy)
+    assert differing(copy, "myspinbot") == [], "run: nbdev-export"
+
+
+def test_readme_is_what_the_index_notebook_says() -> None:
+    from myspinbot.dev import build_readme
+    assert build_readme(ROOT, check=True) == [], "run: make readme"
+
+
+def test_pyproject_has_no_project_table() -> None:
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "project" not in tables, "metadata and requirements belong in settings.ini"
+
+
+def test_layers_hold() -> None:
+    tool("lint-imports", "--no-cache")
+
+
+@pytest.mark.parametrize("module", ["myspinbot", "myspinbot.schema", "myspinbot.catalogue", "myspinbot.plan"])
+def test_import_loads_nothing_heavy(module: str) -> None:
+    code = (f"import sys, time; t = time.perf_counter(); import {module}; dt = time.perf_counter() - t; "
+            f"print(sorted(set({HEAVY!r}) & set(sys.modules)), dt)")
+    runs = [tool("python", "-c", code).strip().rsplit(" ", 1) for _ in range(3)]
+    assert runs[0][0] == "[]", f"import {module} loads {runs[0][0]}"
+    assert module != "myspinbot" or min(float(dt) for _, dt in runs) < 0.3
+
+
+def test_an_installed_package_brings_its_pipelines_and_dashboards(copy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "wheels"
+    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    out.mkdir()
+    tool("python", "-c", build, str(out), cwd=copy)
+    with zipfile.ZipFile(next(out.glob("*.whl"))) as z: held = set(z.namelist())
+    wanted = {f"myspinbot/{p.relative_to(ROOT)}" for p in notebooks("pipelines", "dashboards")}
+    assert wanted <= held
+    assert not any(n.startswith(("tests/", "nbs/")) for n in held)
+
+
+def test_no_file_of_a_local_tool_is_tracked() -> None:
+    if not (ROOT / ".git").exists(): return
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    banned = ("uv.lock", ".env", ".ipynb_checkpoints", "__pycache__")
+    assert [t for t in tracked if any(os.path.basename(t) == b or f"{b}/" in t for b in banned)] == []

@@ -54,7 +54,7 @@ def _entry(stream: str, id: str, raw: dict[bytes, bytes], consumer: str) -> Entr
         message, error = None, f"schema_version {version} is newer than {VERSION}, the newest this worker knows"
     return Entry(id, stream, consumer, message, raw, error)
 
-# %% ../nbs/11_bridge.ipynb #bbe48a16
+# %% ../nbs/11_bridge.ipynb #f2170716
 COMMAND_S = 5.0    # a command's reply, and the connect, must come within this
 BLOCK_MS = 2_000   # longest blocking read: a dead connection is noticed soon after
 HINT_ALL: dict[str, str] = {"job": "", "key": ""}  # "hints may have been missed: look at everything"
@@ -70,12 +70,13 @@ def connect(
     url: str,               # redis://, rediss:// or unix://
     timeout_s: float = COMMAND_S,  # limit for one reply
     retries: int = 1,       # repeats of a command whose connection broke
+    connect_s: float = COMMAND_S,  # limit for a new connection
 ) -> Any:  # a `redis.Redis`, thread-safe; connects on first use
     "A client with RESP2, keepalive and explicit limits, whatever the library's defaults are."
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
-    options = dict(protocol=2, socket_timeout=timeout_s, socket_connect_timeout=COMMAND_S, health_check_interval=0,
+    options = dict(protocol=2, socket_timeout=timeout_s, socket_connect_timeout=connect_s, health_check_interval=0,
                    retry=Retry(NoBackoff(), retries), retry_on_timeout=False)
     if not url.startswith("unix:"): options["socket_keepalive"] = True
     try: return redis.Redis.from_url(url, **options)
@@ -95,17 +96,19 @@ def redis_errors(url: str, operation: str) -> Iterator[None]:
         raise ServiceUnavailable(f"Redis at {where} failed in {operation}: {type(e).__name__}: {e}.", hint, url=where,
                                  operation=operation, out_of_memory=full) from e
 
-# %% ../nbs/11_bridge.ipynb #6be883c1
+# %% ../nbs/11_bridge.ipynb #fc7001f1
 class Bridge:
     "Work over Redis Streams; every Redis error becomes `ServiceUnavailable`."
     def __init__(self,
         url: str,                                                        # redis://[:password@]host:port/db
         on_recreated: Callable[[list[str]], None] | None = None,         # called after groups had to be made again
+        command_s: float = COMMAND_S,                                    # limit for a connect, and for a command's reply
     ):
         self.url, self.on_recreated = url, on_recreated
         self.recreated = 0                  # streams whose group vanished and was made again
         self.last_read = time.monotonic()   # when `read` last had an answer, empty or not
-        self._redis, self._reader = connect(url), connect(url, BLOCK_MS/1000 + COMMAND_S, retries=0)
+        self._redis = connect(url, command_s, connect_s=command_s)
+        self._reader = connect(url, BLOCK_MS/1000 + command_s, retries=0, connect_s=command_s)
         self._reader.set_response_callback("XREADGROUP", lambda reply, **_: reply)
         self._grouped: set[str] = set()
         self._turn = counter()

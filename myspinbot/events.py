@@ -196,7 +196,7 @@ def _follow(self: Any,
 
 Events.follow = _follow
 
-# %% ../nbs/12_events.ipynb #3de4b0df
+# %% ../nbs/12_events.ipynb #3174ffba
 class MemoryEvents:
     "What `Events` does, inside one process."
     def __init__(self, maxlen: int = EVENTS_MAXLEN):
@@ -209,9 +209,10 @@ class MemoryEvents:
     def publish_many(self, events: Sequence[Event]) -> list[str]: return [self.publish(e) for e in events]
 
     def publish(self, event: Event) -> str:
+        job, data = _encode(event)
         with self._lock:
             self._n += 1
-            self._jobs.setdefault(event.job, deque(maxlen=self.maxlen)).append((self._n, trim(event)))
+            self._jobs.setdefault(job, deque(maxlen=self.maxlen)).append((self._n, _event(job, {b"e": data.encode()})))
             self._lock.notify_all()
             return f"{self._n}-0"
 

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['TRACKS', 'Sound', 'read_sounds', 'Track', 'mouth_track']
 
-# %% ../nbs/33_visemes.ipynb #7e249a6b
+# %% ../nbs/33_visemes.ipynb #f4974377
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from .core import InputError
 
-# %% ../nbs/33_visemes.ipynb #76c7167d
+# %% ../nbs/33_visemes.ipynb #39c4127d
 TRACKS = ("jaw", "upper", "lower", "wide", "round", "press", "tuck", "tongue", "blink", "brow", "dx", "dy", "roll", "zoom")
 _SHAPES = ("jaw", "upper", "lower", "wide", "round", "tongue")  # blended by dominance; press and tuck are set on top
 
@@ -25,26 +25,26 @@ def _shape(jaw: float, upper: float = 0, lower: float = 0, wide: float = 0, roun
     return np.array((jaw, upper, lower, wide, round, tongue)), np.array((hold, hold, hold, hold, rounding, hold))
 
 _VOWELS = {
-    "iyɨʉ": _shape(.20, .40, .40, .75), "ɪʏᵻ": _shape(.28, .30, .30, .45), "eø": _shape(.38, .30, .35, .50),
-    "ɛœ": _shape(.46, .30, .35, .40), "æaä": _shape(.66, .30, .35, .30), "ɑɐʌɶ": _shape(.70, .15, .25, .05),
-    "əɘ": _shape(.32, .15, .20, .10, .05, hold=.6), "ɜɝɚɞɵ": _shape(.32, .20, .25, 0, .30),
-    "ɒɔ": _shape(.56, .10, .25, 0, .50), "oɤ": _shape(.42, .10, .20, 0, .70), "ʊɯ": _shape(.28, .10, .20, 0, .65),
-    "u": _shape(.20, .05, .15, 0, .95),
+    "iyɨʉ": _shape(.20, .40, .40, .75), "ɪʏᵻ": _shape(.30, .30, .30, .45), "eø": _shape(.42, .30, .35, .50),
+    "ɛœ": _shape(.58, .30, .35, .40), "æaä": _shape(.78, .25, .35, .25), "ɑɐʌɶ": _shape(.76, .15, .25, .05),
+    "əɘ": _shape(.38, .15, .20, .10, .05, hold=.8), "ɜɝɚɞɵ": _shape(.46, .20, .30, 0, .25),
+    "ɒɔ": _shape(.62, .10, .25, 0, .45), "oɤ": _shape(.46, .10, .25, 0, .65), "ʊɯ": _shape(.30, .10, .20, 0, .65),
+    "u": _shape(.22, .05, .15, 0, .95),
 }
 _CONSONANTS = {
-    "pbmɓʙɱ": _shape(.05, hold=.7, rounding=.15), "fvʋ": _shape(.10, hold=.8, rounding=.2),
-    "θð": _shape(.20, .10, .25, .10, 0, .80, .8, .3), "tdnɗɖʈɳ": _shape(.16, .20, .30, .10, 0, .70, .7, .2),
-    "lɫɭɬɮ": _shape(.24, .20, .25, .05, 0, .90, .6, .2), "szɕʑ": _shape(.10, .35, .45, .25, 0, .40, 1, .3),
-    "ʃʒʂʐ": _shape(.14, .35, .45, 0, .55, .30, 1, 1), "ɹrɾʁɻʀɽ": _shape(.22, .15, .25, 0, .40, .30, .6, .8),
-    "wʍɥ": _shape(.14, .05, .10, 0, 1.0, hold=.9, rounding=1.6), "jʝ": _shape(.18, .30, .30, .50, 0, .20, .6, .4),
-    "kgɡŋxɣcɟçqɢχɲʎ": _shape(.26, .15, .20, .10, 0, 0, .45, .15), "hɦʔħʕ": _shape(.30, .10, .15, 0, 0, 0, .12, .08),
+    "pbmɓʙɱ": _shape(.06, hold=.6, rounding=.15), "fvʋ": _shape(.10, hold=.8, rounding=.2),
+    "θð": _shape(.18, .10, .25, .10, 0, .80, .9, .3), "tdnɗɖʈɳ": _shape(.11, .20, .28, .10, 0, .70, .9, .2),
+    "lɫɭɬɮ": _shape(.22, .20, .25, .05, 0, .90, .7, .2), "szɕʑ": _shape(.06, .35, .45, .25, 0, .40, 1.2, .3),
+    "ʃʒʂʐ": _shape(.09, .35, .45, 0, .55, .30, 1.2, 1), "ɹrɾʁɻʀɽ": _shape(.18, .15, .25, 0, .40, .30, .8, .8),
+    "wʍɥ": _shape(.10, .05, .10, 0, 1.0, hold=1.1, rounding=1.6), "jʝ": _shape(.18, .30, .30, .50, 0, .20, .6, .4),
+    "kgɡŋxɣcɟçqɢχɲʎ": _shape(.22, .15, .20, .10, 0, 0, .6, .15), "hɦʔħʕ": _shape(.30, .10, .15, 0, 0, 0, .15, .08),
 }
 _REST = _shape(0)
 _SOUNDS = {s: o for group in (_VOWELS, _CONSONANTS) for k, o in group.items() for s in k}
 _LIPS_SHUT, _LIP_ON_TEETH = frozenset("pbmɓʙ"), frozenset("fvʋɱ")
 _VOWEL = frozenset("".join(_VOWELS))
 
-# %% ../nbs/33_visemes.ipynb #91a39b85
+# %% ../nbs/33_visemes.ipynb #9a9a96c0
 @dataclass(frozen=True)
 class Sound:
     "One sound with its time; `symbol` is one IPA letter, or empty for silence."
@@ -74,6 +74,7 @@ def read_sounds(
         start, end = _number(row, "start_s", i), _number(row, "end_s", i)
         if end < start or start < before - 1e-3 or start < -1e-6:
             raise InputError(f"Phoneme {i} ({row['phoneme']!r}) runs from {start} s to {end} s, after one that began at {before} s.", fix)
+        if start > (out[-1].end if out else 0) + 0.02 and since is None: out.append(Sound("", out[-1].end if out else 0, start))
         before, text = start, row["phoneme"]
         if "ˈ" in text: stress = 1.12
         elif "ˌ" in text: stress = 1.0
@@ -89,16 +90,24 @@ def read_sounds(
         elif text and all(c in "ˈˌ" for c in text): since = start if since is None else since
         elif end > start: out.append(Sound("", start, end))
     if not any(s.symbol for s in out): raise InputError(f"There is no speech in these {len(rows)} phonemes.", fix)
-    return out
+    return out if any("ˈ" in row["phoneme"] for row in rows) else _stressed_by_length(out)
 
-# %% ../nbs/33_visemes.ipynb #d942ecc7
+def _stressed_by_length(sounds: list[Sound]) -> list[Sound]:
+    "Without stress marks, a vowel counts as stressed that is longer than the others."
+    lengths = [s.end - s.start for s in sounds if s.symbol in _VOWEL]
+    if not lengths: return sounds
+    usual = max(float(np.median(lengths)), 0.02)
+    def stress(s: Sound) -> float: return float(np.clip(0.65 + 0.35 * (s.end - s.start) / usual, 0.85, 1.15))
+    return [replace(s, stress=stress(s)) if s.symbol in _VOWEL else s for s in sounds]
+
+# %% ../nbs/33_visemes.ipynb #32cd1444
 _RATE = 100  # values a second while blending
 
 def _blend(sounds: list[Sound], seconds: float) -> np.ndarray:
     "Shape targets weighted by dominance (Cohen and Massaro 1993), (samples, shapes)."
     n = math.ceil(seconds * _RATE) + 1
     top, weight = np.zeros((n, len(_SHAPES))), np.full((n, len(_SHAPES)), 1e-3)
-    reach = np.array((.055, .05, .05, .07, .095, .05))  # seconds; rounding spreads furthest
+    reach = np.array((.045, .045, .045, .06, .09, .045))  # seconds; rounding spreads furthest
     for s in sounds:
         target, hold = _SOUNDS[s.symbol] if s.symbol else _REST
         length = s.end - s.start
@@ -108,18 +117,18 @@ def _blend(sounds: list[Sound], seconds: float) -> np.ndarray:
         a, b = max(0, math.floor((s.start - 0.4) * _RATE)), min(n, math.ceil((s.end + 0.4) * _RATE) + 1)
         t = np.arange(a, b) / _RATE
         away = np.maximum(np.maximum(s.start + 0.2 * length - t, t - s.end + 0.2 * length), 0)[:, None]
-        d = hold * np.exp(-((away / reach) ** 1.4))
+        d = hold * np.exp(-((away / reach) ** 1.6))
         top[a:b] += d * target * scale
         weight[a:b] += d
     return top / weight
 
 def _bumps(sounds: list[Sound], symbols: frozenset[str], seconds: float, ramp: float) -> np.ndarray:
-    "1 while one of these sounds lasts (60 ms at least), with smooth ramps."
+    "1 while one of these sounds lasts, one frame at least, with smooth ramps."
     n = math.ceil(seconds * _RATE) + 1
     out = np.zeros(n)
     for s in sounds:
         if s.symbol not in symbols: continue
-        middle, half = (s.start + s.end) / 2, max((s.end - s.start) / 2, 0.03)
+        middle, half = (s.start + s.end) / 2, max((s.end - s.start) / 2 - 0.01, 0.021)
         a, b = max(0, math.floor((middle - half - ramp) * _RATE)), min(n, math.ceil((middle + half + ramp) * _RATE) + 1)
         u = np.clip(1 - (np.abs(np.arange(a, b) / _RATE - middle) - half) / ramp, 0, 1)
         out[a:b] = np.maximum(out[a:b], u * u * (3 - 2 * u))
@@ -134,14 +143,13 @@ def _smoothed(x: np.ndarray, sigma: float) -> np.ndarray:
 
 def _lips(sounds: list[Sound], seconds: float) -> dict[str, np.ndarray]:
     "The mouth's controls at `_RATE`."
-    v = dict(zip(_SHAPES, _smoothed(_blend(sounds, seconds), 2.2).T))
-    press, tuck = _bumps(sounds, _LIPS_SHUT, seconds, 0.075), _bumps(sounds, _LIP_ON_TEETH, seconds, 0.075)
-    tuck *= 1 - press
-    free = (1 - press) * (1 - tuck)
-    v["jaw"] = v["jaw"] * (1 - 0.93 * press) * (1 - 0.80 * tuck)
-    for k in ("upper", "lower"): v[k] = v[k] * free
+    v = dict(zip(_SHAPES, _smoothed(_blend(sounds, seconds), 1.8).T))
+    shut, tuck = _bumps(sounds, _LIPS_SHUT, seconds, 0.07), _bumps(sounds, _LIP_ON_TEETH, seconds, 0.07)
+    tuck = tuck * (1 - shut)
+    v["jaw"] = v["jaw"] * (1 - 0.94 * shut) * (1 - 0.80 * tuck)
+    for k in ("upper", "lower"): v[k] = v[k] * (1 - shut) * (1 - tuck)
     v["wide"] = v["wide"] * (1 - v["round"])
-    v["press"], v["tuck"] = press, tuck
+    v["press"], v["tuck"] = np.clip((shut - 0.5) / 0.5, 0, 1), tuck
     return v
 
 # %% ../nbs/33_visemes.ipynb #596e9617

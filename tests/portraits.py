@@ -47,9 +47,10 @@ def glasses(rgb: np.ndarray, p: np.ndarray) -> np.ndarray:
     r = 0.30 * float(np.linalg.norm(eyes[1] - eyes[0]))
     ink, w = (38, 30, 34), max(2, round(r * 0.13))
     glass = out.copy()
-    for e in eyes: cv2.ellipse(glass, (round(e[0]), round(e[1])), (round(r), round(r * 0.82)), 0, 0, 360, (205, 215, 225), -1)
+    rings = [((round(e[0]), round(e[1])), (round(r), round(r * 0.82)), 0, 0, 360) for e in eyes]
+    for ring in rings: cv2.ellipse(glass, *ring, (205, 215, 225), -1)
     out = cv2.addWeighted(out, 0.9, glass, 0.1, 0)
-    for e in eyes: cv2.ellipse(out, (round(e[0]), round(e[1])), (round(r), round(r * 0.82)), 0, 0, 360, ink, w, cv2.LINE_AA)
+    for ring in rings: cv2.ellipse(out, *ring, ink, w, cv2.LINE_AA)
     a, b = eyes[0] + (r, 0), eyes[1] - (r, 0)
     cv2.line(out, tuple(np.round(a).astype(int)), tuple(np.round(b).astype(int)), ink, w, cv2.LINE_AA)
     for e, temple, s in ((eyes[0], p[0] * k, -1), (eyes[1], p[16] * k, 1)):
@@ -76,7 +77,8 @@ def beard(rgb: np.ndarray, p: np.ndarray) -> np.ndarray:
         x, y = int(xs[i]), int(ys[i])
         lean, tone = (x - q[8][0]) / unit * 0.6 + rng.normal(0, .25), rng.integers(28, 92)
         n = unit * rng.uniform(.03, .07)
-        cv2.line(hair, (x, y), (round(x + n * lean), round(y + n)), (int(tone), int(tone * .72), int(tone * .5)), 2, cv2.LINE_AA)
+        ink = (int(tone), int(tone * .72), int(tone * .5))
+        cv2.line(hair, (x, y), (round(x + n * lean), round(y + n)), ink, 2, cv2.LINE_AA)
     out = (out * (1 - soft[..., None]) + hair * soft[..., None]).astype(np.uint8)
     return cv2.resize(out, (rgb.shape[1], rgb.shape[0]), interpolation=cv2.INTER_AREA)
 

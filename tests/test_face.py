@@ -128,7 +128,7 @@ def test_what_is_not_a_picture_is_named_with_what_it_is(tmp_path: Path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(InputError, match=message) as e: prepare_portrait(tmp_path / name)
         assert name in e.value.message and e.value.hint
-    with pytest.raises(InputError, match="no picture none.jpg"): load_picture(tmp_path / "none.jpg")
+    with pytest.raises(InputError, match=r"no picture none\.jpg"): load_picture(tmp_path / "none.jpg")
     with pytest.raises(InputError, match="not a file"): load_picture(tmp_path)
     with pytest.raises(InputError, match="shape"): load_picture(np.zeros((4, 5, 6, 7)))
 

@@ -21,6 +21,7 @@ test: $(VENV)/.dev  ## all lessons and tests
 lint: $(VENV)/.dev  ## style of the exported package and the tests, layers of the modules
 	$(BIN)/ruff check myspinbot tests setup.py
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck .ci/run
 
 check: $(VENV)/.dev  ## notebooks clean, package in sync, README current: nothing may change
 	for d in $(NOTEBOOKS); do $(BIN)/nbdev-clean --fname $$d || exit 1; done

@@ -26,7 +26,7 @@ from .spec import package_dir, read_notebook, source_hash, without_comments
 
 _all_ = ["NotebookError", "load_step", "source_hash"]
 
-# %% ../nbs/02_catalogue.ipynb #12535004
+# %% ../nbs/02_catalogue.ipynb #7b714af4
 @dataclass(frozen=True)
 class ControlContext:
     "What the conductor hands to a control step."
@@ -52,7 +52,8 @@ def _ports_of(fn: ControlFunction) -> tuple[Port, ...]:
     for p in list(inspect.signature(fn, eval_str=True).parameters.values())[1:]:
         needed = p.default is p.empty
         kind = "any" if p.annotation is p.empty else port_type(p.annotation)
-        ports.append(Port(name=p.name, type=kind, required=needed, default=None if needed else p.default, help=help.get(p.name, "")))
+        ports.append(Port(name=p.name, type=kind, required=needed, default=None if needed else p.default,
+                          help=help.get(p.name, "")))
     return tuple(ports)
 
 def _control_hash(fn: ControlFunction) -> str:
@@ -62,7 +63,7 @@ def _control_hash(fn: ControlFunction) -> str:
     try: return hash_bytes(without_comments(inspect.getsource(fn)).encode())
     except OSError: return hash_bytes(fn.__code__.co_code)
 
-# %% ../nbs/02_catalogue.ipynb #12fa5011
+# %% ../nbs/02_catalogue.ipynb #b88f10ac
 def control_step(
     id: str,                   # family.name
     outputs: dict[str, str],   # name -> media type or type word
@@ -77,20 +78,21 @@ def control_step(
     "Register `async def fn(ctx, **inputs) -> dict` as a step that the conductor runs itself; raises `GraphError`."
     def register(fn: ControlFunction) -> ControlFunction:
         where = f"control step {id!r} ({fn.__module__}.{fn.__qualname__})"
-        if not inspect.iscoroutinefunction(fn): raise GraphError(f"{where} is not a coroutine function.", "Use `async def`.")
+        if not inspect.iscoroutinefunction(fn):
+            raise GraphError(f"{where} is not a coroutine function.", "Use `async def`.")
         old = _control.get(id, (None, fn))[1]
         if (old.__module__, old.__qualname__) != (fn.__module__, fn.__qualname__):
             raise GraphError(f"{where}: the id is that of {old.__module__}.{old.__qualname__}.", "Choose another id.")
-        name = title or id.split(".")[-1].replace("_", " ").capitalize()
+        name = title or id.rpartition(".")[2].replace("_", " ").capitalize()
         text = description or " ".join((inspect.getdoc(fn) or "").split())
-        spec = make_spec(where, id=id, outputs=outputs, kind="control", inputs=_ports_of(fn), title=name, description=text,
-                         timeout_s=timeout_s, retries=retries, cache=cache, **fields)
+        spec = make_spec(where, id=id, outputs=outputs, kind="control", inputs=_ports_of(fn), title=name,
+                         description=text, timeout_s=timeout_s, retries=retries, cache=cache, **fields)
         _control[id] = (spec, fn)
         _registered.append(id)
         return fn
     return register
 
-# %% ../nbs/02_catalogue.ipynb #893946a2
+# %% ../nbs/02_catalogue.ipynb #e770f5d6
 class Declined(GateFailed): "A person declined an approval."
 
 @control_step("flow.approve", outputs=dict(approved="bool"), title="Approval", timeout_s=7 * 86400, cache=False)
@@ -101,9 +103,10 @@ async def approve(
 ) -> dict[str, Any]:
     "Ask a person before the steps that follow; declining fails this step."
     if await ctx.wait_approval(prompt, show): return dict(approved=True)
-    raise Declined(f"Declined: {prompt}", "Submit again with other inputs, or retry the job to be asked again.", prompt=prompt)
+    raise Declined(f"Declined: {prompt}", "Submit again with other inputs, or retry the job to be asked again.",
+                   prompt=prompt)
 
-# %% ../nbs/02_catalogue.ipynb #a8e93d0a
+# %% ../nbs/02_catalogue.ipynb #4e4c3558
 @lru_cache(maxsize=1)
 def _load_control_modules() -> dict[str, SpinError]:
     "Import what packages offer under the entry point group `myspinbot.control`; what could not be imported."
@@ -149,7 +152,8 @@ class Catalogue:
                 continue
             if spec.id in specs:
                 other = paths[spec.id].name if spec.id in paths else "a control step"
-                errors[str(path)] = NotebookError(f"{path.name}: its id {spec.id!r} is that of {other}.", "Choose another id.")
+                errors[str(path)] = NotebookError(f"{path.name}: its id {spec.id!r} is that of {other}.",
+                                                  "Choose another id.")
                 continue
             specs[spec.id], paths[spec.id] = spec, path
         return specs, paths, errors
@@ -181,7 +185,7 @@ class Catalogue:
         if self.step(id).kind != "control": raise NotFound(f"{id} is a notebook, not a control step.", step=id)
         return _control[id][1]
 
-# %% ../nbs/02_catalogue.ipynb #550f7a55
+# %% ../nbs/02_catalogue.ipynb #906b9659
 _current: ContextVar["Catalogue | None"] = ContextVar("catalogue", default=None)
 
 @contextmanager
@@ -202,16 +206,19 @@ def pipelines(self: Catalogue) -> dict[str, Path]:
 def pipeline(self: Catalogue, name: str) -> Any:
     "What the cells tagged `pipeline` of a pipeline notebook build; raises `NotFound` or `NotebookError`."
     known = self.pipelines()
-    if name not in known: raise NotFound(f"Unknown pipeline {name!r}.", did_you_mean(name, known, "pipelines"), pipeline=name)
+    if name not in known:
+        raise NotFound(f"Unknown pipeline {name!r}.", did_you_mean(name, known, "pipelines"), pipeline=name)
     path = known[name]
     cells, space = cells_of(read_notebook(path), "pipeline"), {"__name__": f"pipeline_{name}"}
-    if not cells: raise NotebookError(f"{path.name}: no cell is tagged `pipeline`.", "Tag the cells that build the graph.")
+    if not cells:
+        raise NotebookError(f"{path.name}: no cell is tagged `pipeline`.", "Tag the cells that build the graph.")
     with using(self):
         for i, src in cells: _run_cell(src, f"{path.name}, cell {i}", space)
     built = {id(v): k for k, v in space.items() if not isinstance(v, type) and hasattr(type(v), "to_graph")}
     if len(built) != 1:
         said = f"{', '.join(sorted(built.values()))} have" if built else "no object has"
-        raise NotebookError(f"{path.name}: {said} a `to_graph()` after the cells tagged `pipeline`.", "Build one Pipeline.")
+        raise NotebookError(f"{path.name}: {said} a `to_graph()` after the cells tagged `pipeline`.",
+                            "Build one Pipeline.")
     return space[next(iter(built.values()))]
 
 def _run_cell(src: str, where: str, space: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ __all__ = ['Place', 'refs_in', 'needs_of', 'dependencies', 'topological', 'match
            'check_condition', 'problems', 'validate_graph', 'revive', 'plain', 'as_type', 'resolve_params',
            'params_from_text', 'file_values', 'replace_files', 'store_files']
 
-# %% ../nbs/03_check.ipynb #866c69ff
+# %% ../nbs/03_check.ipynb #1ffff806
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from pydantic import ValidationError
 
 from .catalogue import Catalogue, catalogue
 from .core import GraphError, InputError, NotFound, SpinError
-from .schema import MEDIA, Artifact, Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec, is_media, parse_value
-from .schema import port_type
+from .schema import MEDIA, Artifact, Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec, is_media
+from .schema import parse_value, port_type
 from .spec import did_you_mean, fits, type_of
 
-# %% ../nbs/03_check.ipynb #dc8381cd
+# %% ../nbs/03_check.ipynb #6c37ca8d
 def refs_in(
     value: Any,  # as `parse_value` gives it
 ) -> Iterator[ParamRef | PortRef]:
@@ -42,7 +43,8 @@ def dependencies(graph: Graph) -> dict[str, tuple[str, ...]]:
     needs = {n.id: tuple(needs_of(n)) for n in graph.nodes}
     for id, names in needs.items():
         for name in names:
-            if name not in needs: raise GraphError(f"{id} needs the step {name!r}, which is not in the graph.", did_you_mean(name, needs))
+            if name not in needs:
+                raise GraphError(f"{id} needs the step {name!r}, which is not in the graph.", did_you_mean(name, needs))
     return needs
 
 def topological(
@@ -65,7 +67,7 @@ def topological(
     cycle = [*path[path.index(at):], at][::-1]
     raise GraphError(f"The steps form a cycle: {' -> '.join(cycle)}.", "Remove one of these edges.", cycle=cycle)
 
-# %% ../nbs/03_check.ipynb #32d86504
+# %% ../nbs/03_check.ipynb #af12f986
 def matches(
     have: str,  # type word of what is given
     want: str,  # type word of the port
@@ -92,10 +94,12 @@ class Scope:
             if ref.name in self.params: return self.params[ref.name].type
             raise GraphError(f"There is no parameter {ref.name!r}.", did_you_mean(ref.name, self.params, "parameters"))
         if ref.node not in self.nodes:
-            raise GraphError(f"There is no step {ref.node!r} in the graph.", did_you_mean(ref.node, self.nodes, "steps"))
+            raise GraphError(f"There is no step {ref.node!r} in the graph.",
+                             did_you_mean(ref.node, self.nodes, "steps"))
         node, spec = self.nodes[ref.node]
         if ref.port not in spec.outputs:
-            raise GraphError(f"{ref.node} ({spec.id}) has no output {ref.port!r}.", did_you_mean(ref.port, spec.outputs, "outputs"))
+            raise GraphError(f"{ref.node} ({spec.id}) has no output {ref.port!r}.",
+                             did_you_mean(ref.port, spec.outputs, "outputs"))
         kind = port_type(spec.outputs[ref.port])
         return f"list[{kind}]" if node.each else kind
 
@@ -103,22 +107,25 @@ class Scope:
         "Raise `GraphError` unless the value, with references in it, can go into a port of type `want`."
         if isinstance(value, ParamRef | PortRef):
             if matches(have := self.of(value), want): return
-            raise GraphError(f"{where} takes {want}, but {show_ref(value)} is {have}.", self.offer(value, want), have=have, want=want)
+            raise GraphError(f"{where} takes {want}, but {show_ref(value)} is {have}.", self.offer(value, want),
+                             have=have, want=want)
         inner = want[5:-1] if want.startswith("list[") else "any"
         if isinstance(value, list | tuple) and (want.startswith("list") or want == "any"):
             for i, o in enumerate(value): self.check(o, inner, f"{where}[{i}]")
         elif isinstance(value, dict) and want in ("dict", "any"):
             for k, o in value.items(): self.check(o, "any", f"{where}[{k!r}]")
         elif not fits(value, want):
-            raise GraphError(f"{where} takes {want}, but got {value!r:.80} ({type_of(value)}).", f"Give a value of type {want}, or a reference.")
+            raise GraphError(f"{where} takes {want}, but got {value!r:.80} ({type_of(value)}).",
+                             f"Give a value of type {want}, or a reference.")
 
     def offer(self, ref: ParamRef | PortRef, want: str) -> str:
         "Outputs of the same node that would fit."
         if isinstance(ref, ParamRef): return f"Declare the parameter as {want}."
-        near = [f"{ref.node}.{o}" for o in self.nodes[ref.node][1].outputs if matches(self.of(PortRef(node=ref.node, port=o)), want)]
+        others = [PortRef(node=ref.node, port=o) for o in self.nodes[ref.node][1].outputs]
+        near = [show_ref(o) for o in others if matches(self.of(o), want)]
         return f"Did you mean {' or '.join(near)}?" if near else ""
 
-# %% ../nbs/03_check.ipynb #b6320bed
+# %% ../nbs/03_check.ipynb #0c4ea631
 def check_node(scope: Scope, node: Node, spec: StepSpec, inputs: dict[str, Any]) -> Iterator[GraphError]:
     "What is wrong with a node's inputs, condition and map, given what it may refer to."
     ports = [p.name for p in spec.inputs]
@@ -131,11 +138,16 @@ def check_node(scope: Scope, node: Node, spec: StepSpec, inputs: dict[str, Any])
         try: scope.check(value, f"list[{want}]" if name in node.each else want, where)
         except GraphError as e: yield e
     missing = [p.name for p in spec.inputs if p.required and p.name not in inputs]
-    if missing: yield GraphError(f"{node.id} ({spec.id}) lacks {', '.join(missing)}.", f"Pass {missing[0]}=...", node=node.id)
+    if missing:
+        yield GraphError(f"{node.id} ({spec.id}) lacks {', '.join(missing)}.", f"Pass {missing[0]}=...", node=node.id)
     for name in node.each:
-        if name not in inputs: yield GraphError(f"{node.id} maps over {name!r}, which is not among its inputs.", "Give it a list.", node=node.id)
+        if name not in inputs:
+            yield GraphError(f"{node.id} maps over {name!r}, which is not among its inputs.", "Give it a list.",
+                             node=node.id)
     fixed = {len(inputs[o]) for o in node.each if isinstance(inputs.get(o), list | tuple)}
-    if len(fixed) > 1: yield GraphError(f"{node.id} maps over lists of different lengths: {sorted(fixed)}.", "Make them equal.", node=node.id)
+    if len(fixed) > 1:
+        yield GraphError(f"{node.id} maps over lists of different lengths: {sorted(fixed)}.", "Make them equal.",
+                         node=node.id)
     if node.when:
         try: check_condition(scope, node.when)
         except GraphError as e: yield e
@@ -145,8 +157,10 @@ def check_condition(scope: Scope, c: Condition) -> None:
     kind = scope.of(c.ref)
     if c.op in ("truthy", "falsy"): return
     if kind in MEDIA or (c.op not in ("eq", "ne") and kind not in ("int", "float", "str", "any")):
-        raise GraphError(f"{show_ref(c.ref)} is {kind}, which has no {c.op!r} comparison.", "Compare a number or a text, or use it as it is.")
-    if not matches(type_of(c.value), kind): raise GraphError(f"{show_ref(c.ref)} is {kind}; comparing it with {c.value!r:.60} is never meant.")
+        raise GraphError(f"{show_ref(c.ref)} is {kind}, which has no {c.op!r} comparison.",
+                         "Compare a number or a text, or use it as it is.")
+    if not matches(type_of(c.value), kind):
+        raise GraphError(f"{show_ref(c.ref)} is {kind}; comparing it with {c.value!r:.60} is never meant.")
 
 def problems(graph: Graph, steps: Mapping[str, StepSpec]) -> Iterator[GraphError]:
     "Everything that is wrong with a graph."
@@ -158,7 +172,8 @@ def problems(graph: Graph, steps: Mapping[str, StepSpec]) -> Iterator[GraphError
         except GraphError as e: yield GraphError(f"Parameter {p.name}: {e.message}", e.hint)
     for n in graph.nodes:
         if n.id in scope.nodes: yield GraphError(f"Two steps have the id {n.id!r}.", "Rename one.")
-        if n.step not in steps: yield GraphError(f"Unknown step {n.step!r}.", did_you_mean(n.step, steps, "steps"), node=n.id)
+        if n.step not in steps:
+            yield GraphError(f"Unknown step {n.step!r}.", did_you_mean(n.step, steps, "steps"), node=n.id)
         else: scope.nodes[n.id] = (n, steps[n.step])
     for n, spec in scope.nodes.values():
         try: inputs = parse_value(n.inputs)
@@ -185,9 +200,10 @@ def validate_graph(
         except GraphError as e: found.append(e)
     if not found: return
     more = f" ({len(found) - 1} more in `problems`.)" if len(found) > 1 else ""
-    raise GraphError(found[0].message, found[0].hint + more, **{**found[0].fields, "problems": [str(o) for o in found]}) from found[0]
+    raise GraphError(found[0].message, found[0].hint + more,
+                     **{**found[0].fields, "problems": [str(o) for o in found]}) from found[0]
 
-# %% ../nbs/03_check.ipynb #d494a750
+# %% ../nbs/03_check.ipynb #c81195d2
 def revive(v: Any) -> Any:
     "Plain JSON with its artifacts made `Artifact`s; everything else stays as it is."
     if isinstance(v, list | tuple): return [revive(o) for o in v]
@@ -217,38 +233,45 @@ def resolve_params(
     "Check names and types and fill in the defaults; raises `InputError` that names the parameter."
     ports, values = {p.name: p for p in graph.params}, {}
     for name in given:
-        if name not in ports: raise InputError(f"{graph.name} has no parameter {name!r}.", did_you_mean(name, ports, "parameters"))
+        if name not in ports:
+            raise InputError(f"{graph.name} has no parameter {name!r}.", did_you_mean(name, ports, "parameters"))
     empty = lambda p: p.name not in given or (p.type in MEDIA and given[p.name] in ("", None))
     if missing := [p for p in graph.params if p.required and empty(p)]:
         told = "; ".join(f"{p.name} ({p.type}{': ' + p.help if p.help else ''})" for p in missing)
-        raise InputError(f"{graph.name} needs {told}.", f"Pass {missing[0].name}=...", missing=[p.name for p in missing])
+        raise InputError(f"{graph.name} needs {told}.", f"Pass {missing[0].name}=...",
+                         missing=[p.name for p in missing])
     for name, p in ports.items():
         v = revive(plain(given.get(name, p.default)))
         if not fits(v, p.type) and (name in given or p.default is not None):
-            raise InputError(f"{graph.name}: {name} takes {p.type}, but got {v!r:.80} ({type_of(v)}).", p.help, parameter=name)
+            raise InputError(f"{graph.name}: {name} takes {p.type}, but got {v!r:.80} ({type_of(v)}).", p.help,
+                             parameter=name)
         values[name] = as_type(v, p.type)
     return values
+
+_BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_HOW = dict(int="Write a whole number.", float="Write a number.", bool="Write true or false.",
+            list='Write it as JSON, such as ["a", "b"].')
 
 def params_from_text(
     graph: Graph,
     given: Mapping[str, str],  # as typed on a command line or in a table
 ) -> dict[str, Any]:
     "Text read as each parameter's type (JSON for lists and dicts); raises `InputError`."
-    import json
     ports, values = {p.name: p for p in graph.params}, {}
     for name, text in given.items():
         kind = ports[name].type if name in ports else "str"  # resolve_params reports an unknown name
         try:
             if kind in ("str", *MEDIA): values[name] = text
-            elif kind == "bool": values[name] = dict(true=True, false=False, yes=True, no=False, **{"1": True, "0": False})[text.strip().lower()]
+            elif kind == "bool": values[name] = _BOOLS[text.strip().lower()]
             elif kind in ("int", "float"): values[name] = (int if kind == "int" else float)(text)
             else: values[name] = json.loads(text)
         except (ValueError, KeyError):
             if kind == "any": values[name] = text
-            else: raise InputError(f"{name} takes {kind}, but got {text!r:.80}.", "Lists and dicts are written as JSON." if "i" in kind[:2] else "") from None
+            else:
+                raise InputError(f"{name} takes {kind}, but got {text!r:.80}.", _HOW.get(kind, _HOW["list"])) from None
     return values
 
-# %% ../nbs/03_check.ipynb #f2c57bc9
+# %% ../nbs/03_check.ipynb #85fa399f
 Place = tuple[str | int, ...]  # ("params", name, index...) or ("nodes", node id, input, index...)
 
 def _paths(v: Any, place: Place) -> Iterator[tuple[Place, str]]:
@@ -265,8 +288,8 @@ def file_values(
     found = [o for p in graph.params if is_media(p.type) for o in _paths(params.get(p.name), ("params", p.name))]
     literal = [(n, k, o) for n in graph.nodes for k, v in n.inputs.items() for o in _paths(v, ("nodes", n.id, k))]
     specs = (steps or catalogue()).steps() if literal else {}
-    kinds = {(n.id, k): specs[n.step].input(k).type for n, k, _ in literal if n.step in specs and specs[n.step].input(k)}
-    return found + [o for n, k, o in literal if is_media(kinds.get((n.id, k), "any"))]
+    port = lambda n, k: specs[n.step].input(k) if n.step in specs else None
+    return found + [o for n, k, o in literal if port(n, k) and is_media(port(n, k).type)]
 
 def _put(value: Any, place: Place, new: Any) -> Any:
     "A copy of nested lists and dicts with one value replaced."
@@ -297,6 +320,7 @@ def store_files(
     found, stored = file_values(graph, params, steps), {}
     for place, path in found:
         if not Path(path).expanduser().is_file():
-            raise InputError(f"{'.'.join(map(str, place[1:]))}: there is no file {path!r}.", f"Relative paths start at {Path.cwd()}.", path=path)
+            raise InputError(f"{'.'.join(map(str, place[1:]))}: there is no file {path!r}.",
+                             f"Relative paths start at {Path.cwd()}.", path=path)
     for path in dict.fromkeys(path for _, path in found): stored[path] = store.put_file(Path(path).expanduser())
     return replace_files(graph, params, {place: stored[path] for place, path in found})

@@ -54,7 +54,7 @@ def node_state(
     times = [(seconds or {})[k] for k in keys if (seconds or {}).get(k) is not None]
     return status, " · ".join(notes + ([f"{sum(times):.1f} s"] if times else []))
 
-# %% ../nbs/03_draw.ipynb #1bc68a59
+# %% ../nbs/03_draw.ipynb #f9799def
 Edges = dict[tuple[str, str], list[str]]  # (from, to) -> port names, or the ids on the way
 
 def edges_of(graph: Graph) -> Edges:
@@ -78,7 +78,8 @@ def show_when(n: Node) -> str:
     c = n.when
     signs = dict(eq="=", ne="≠", lt="<", le="≤", gt=">", ge="≥")
     ref = show_ref(c.ref).removeprefix("parameter ")
-    return f"if {ref} {signs[c.op]} {c.value}" if c.op in signs else f"if {ref}" if c.op == "truthy" else f"if not {ref}"
+    if c.op in signs: return f"if {ref} {signs[c.op]} {c.value}"
+    return f"if {ref}" if c.op == "truthy" else f"if not {ref}"
 
 def _boxes(
     graph: Graph, states: Mapping[str, str], seconds: Mapping[str, float] | None, edges: Edges,
@@ -122,7 +123,7 @@ def _columns(graph: Graph, boxes: dict[str, Box], edges: Edges) -> tuple[list[li
     for id in boxes: columns[level[id]].append(id)
     return [c for c in columns if c], ways
 
-# %% ../nbs/03_draw.ipynb #ea64d1f4
+# %% ../nbs/03_draw.ipynb #bd32d6df
 def _order(boxes: dict[str, Box], columns: list[list[str]], rounds: int = 8) -> None:
     "Sort each column by its neighbours' rows; keeps the order with the fewest crossings."
     row = {id: i for c in columns for i, id in enumerate(c)}
@@ -151,7 +152,8 @@ def _crossings(boxes: dict[str, Box], columns: list[list[str]], row: dict[str, i
 def _place(boxes: dict[str, Box], columns: list[list[str]], edges: Edges) -> None:
     "Give every box its coordinates."
     label: dict[str, float] = {}
-    for (a, _), names in edges.items(): label[a] = max(label.get(a, 0.0), 5.7 * len(", ".join(names)) + 48 if names else 0.0)
+    for (a, _), names in edges.items():
+        label[a] = max(label.get(a, 0.0), 5.7 * len(", ".join(names)) + 48 if names else 0.0)
     x = 12.0
     for c in columns:
         wide, y = max(boxes[id].w for id in c), 0.0
@@ -176,13 +178,13 @@ def _settle(column: list[Box], boxes: dict[str, Box]) -> None:
     for i in range(len(gap) - 1, -1, -1): up[i] = min(want[i], up[i + 1] - gap[i])
     for b, lo, hi in zip(column, down, up, strict=True): b.y = (lo + hi) / 2
 
-# %% ../nbs/03_draw.ipynb #99731884
+# %% ../nbs/03_draw.ipynb #585e5a5b
 def _text(x: float, y: float, size: float, colour: str, text: str, more: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{colour}"{more}>{escape(text)}</text>'
 
 def _rect(b: Box, shift: float, radius: int, fill: str, stroke: str, more: str = "") -> str:
-    return (f'<rect x="{b.x + shift:.1f}" y="{b.y - b.h / 2 - shift:.1f}" width="{b.w:.1f}" height="{b.h:.1f}" rx="{radius}" '
-            f'fill="{fill}" stroke="{stroke}"{more}/>')
+    return (f'<rect x="{b.x + shift:.1f}" y="{b.y - b.h / 2 - shift:.1f}" width="{b.w:.1f}" height="{b.h:.1f}" '
+            f'rx="{radius}" fill="{fill}" stroke="{stroke}"{more}/>')
 
 def _box_svg(b: Box) -> str:
     "One box or pill."
@@ -192,7 +194,8 @@ def _box_svg(b: Box) -> str:
         return f'<g><title>{escape(b.tip)}</title>{_rect(b, 0, 13, "#eef2ff", "#a5b4fc")}{centred}</g>'
     faint, strong = b.status == "skipped", b.status in ("running", "failed", "waiting")
     svg = "".join(_rect(b, d, 9, fill, stroke, ' stroke-width="1.2"') for d in ((6, 3) if b.kind == "map" else ()))
-    svg += _rect(b, 0, 9, fill, stroke, f' stroke-width="{2 if strong else 1.4}"' + (' stroke-dasharray="5 4"' if faint else ""))
+    svg += _rect(b, 0, 9, fill, stroke,
+                 f' stroke-width="{2 if strong else 1.4}"' + (' stroke-dasharray="5 4"' if faint else ""))
     x, y = b.x + 14, b.y - b.h / 2
     svg += _text(x, y + 20, 13, "#94a3b8" if faint else INK, b.title, ' font-weight="600"')
     for i, o in enumerate(b.lines):
@@ -231,7 +234,7 @@ def _line_svg(way: list[str], names: list[str], boxes: dict[str, Box], at: Mappi
     svg += f'<path d="M{end + 7:.1f},{low:.1f} l-8,-4 v8 z" fill="{LINE}"/>'
     return svg + (_text(x + 6, y - 4, 10.5, LINE, label) if label else "")
 
-# %% ../nbs/03_draw.ipynb #a8c09139
+# %% ../nbs/03_draw.ipynb #5c681569
 def draw(
     graph: Graph,
     states: Mapping[str, str] | None = None,     # node id or task key -> status
@@ -249,11 +252,11 @@ def draw(
     h = max(b.y + b.h / 2 for b in boxes.values()) + 14
     body = [_line_svg(ways[e], names, boxes, at) for e, names in edges.items()]
     body += [_box_svg(b) for b in boxes.values() if b.kind != "bend"]
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w:.0f} {h:.0f}" width="{w:.0f}" height="{h:.0f}" role="img" '
-            f'aria-label="Pipeline {escape(graph.title or graph.name)}" style="max-width:100%;height:auto;'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w:.0f} {h:.0f}" width="{w:.0f}" height="{h:.0f}" '
+            f'role="img" aria-label="Pipeline {escape(graph.title or graph.name)}" style="max-width:100%;height:auto;'
             f'font-family:system-ui,-apple-system,Segoe UI,Roboto,DejaVu Sans,sans-serif">{"".join(body)}</svg>')
 
-# %% ../nbs/03_draw.ipynb #ed17c811
+# %% ../nbs/03_draw.ipynb #b24c1a2e
 def mermaid(
     graph: Graph,
     states: Mapping[str, str] | None = None,  # node id or task key -> status
@@ -273,5 +276,6 @@ def mermaid(
     for o in graph.outputs: lines.append(f'  out_{o}(["{text(o)}"])')
     for (a, b), ports in edges_of(graph).items():
         lines.append(f"  {names[a]} -->{'|' + text(', '.join(ports)) + '|' if ports else ''} {names[b]}")
-    for s in sorted(used - {""}): lines.append(f"  classDef {s} fill:{COLOURS[s][0]},stroke:{COLOURS[s][1]},color:{INK}")
+    for s in sorted(used - {""}):
+        lines.append(f"  classDef {s} fill:{COLOURS[s][0]},stroke:{COLOURS[s][1]},color:{INK}")
     return "\n".join(lines)

@@ -6,7 +6,7 @@
 __all__ = ['default_catalogue', 'When', 'Value', 'StepHandle', 'Pipeline', 'draw', 'file_values', 'mermaid', 'params_from_text',
            'replace_files', 'resolve_params', 'store_files', 'validate_graph']
 
-# %% ../nbs/03_graph.ipynb #38742c61
+# %% ../nbs/03_graph.ipynb #e4c7ab0b
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,15 +21,17 @@ from .draw import draw, mermaid
 from .schema import Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec, port_type
 from .spec import did_you_mean, fits, type_of
 
-_all_ = ["draw", "file_values", "mermaid", "params_from_text", "replace_files", "resolve_params", "store_files", "validate_graph"]
+_all_ = ["draw", "file_values", "mermaid", "params_from_text", "replace_files", "resolve_params", "store_files",
+         "validate_graph"]
 
-# %% ../nbs/03_graph.ipynb #9cfce721
+# %% ../nbs/03_graph.ipynb #aa54f476
 _INVERSE = dict(truthy="falsy", falsy="truthy", eq="ne", ne="eq", lt="ge", ge="lt", le="gt", gt="le")
 
 class When(Condition):
     "A condition for `when=`; `~` turns it round."
     def __invert__(self) -> "When": return When(ref=self.ref, op=_INVERSE[self.op], value=self.value)
-    def __bool__(self) -> bool: raise GraphError("A condition has no value while the graph is built.", "Pass it as `when=` to a step.")
+    def __bool__(self) -> bool:
+        raise GraphError("A condition has no value while the graph is built.", "Pass it as `when=` to a step.")
 
 class Value:
     "A value that exists when the pipeline runs: a parameter, or an output of a step."
@@ -43,11 +45,15 @@ class Value:
     def __repr__(self) -> str: return f"<{show_ref(self.ref)}: {self.type}>"
     __hash__ = object.__hash__
     def __bool__(self) -> bool:
-        raise GraphError(f"{show_ref(self.ref)} has no value while the graph is built.", "Pass it, or a comparison with it, as `when=` to a step.")
+        raise GraphError(f"{show_ref(self.ref)} has no value while the graph is built.",
+                         "Pass it, or a comparison with it, as `when=` to a step.")
     def __iter__(self) -> Any:
-        raise GraphError(f"{show_ref(self.ref)} cannot be looped over while the graph is built.", "Use p.map(step, over={...}).")
+        raise GraphError(f"{show_ref(self.ref)} cannot be looped over while the graph is built.",
+                         "Use p.map(step, over={...}).")
     def _when(self, op: str, other: Any) -> When:
-        if isinstance(other, Value): raise GraphError(f"{self!r} can only be compared with a plain value, not with {other!r}.", "Compare in a step.")
+        if isinstance(other, Value):
+            raise GraphError(f"{self!r} can only be compared with a plain value, not with {other!r}.",
+                             "Compare in a step.")
         c = When(ref=self.ref, op=op, value=plain(other))
         check_condition(self.pipeline.scope, c)
         return c
@@ -80,7 +86,7 @@ class StepHandle:
         outs = ", ".join(f"{k}: {self[k].type}" for k in self._spec.outputs)
         return f"<step {self._node.id} ({self._spec.id}) -> {outs or 'nothing'}>"
 
-# %% ../nbs/03_graph.ipynb #21e9ff44
+# %% ../nbs/03_graph.ipynb #8d93ef34
 class Pipeline:
     "A pipeline under construction; raises `GraphError` on the line that is wrong."
     def __init__(self,
@@ -90,7 +96,8 @@ class Pipeline:
         catalogue: Catalogue | None = None,  # default: the one of this installation
     ):
         try: Graph(name=name)
-        except ValidationError as e: raise GraphError(f"{name!r} is no name for a pipeline.", "Use lower case, digits and underscores.") from e
+        except ValidationError as e:
+            raise GraphError(f"{name!r} is no name for a pipeline.", "Use lower case, digits and underscores.") from e
         self.name, self.title, self.description = name, title, description
         self.catalogue = catalogue or default_catalogue()
         self.scope, self.outputs = Scope(), {}
@@ -106,7 +113,8 @@ class Pipeline:
         if name in self.scope.params: raise GraphError(f"The parameter {name!r} is declared twice.", "Keep one.")
         value = None if default is ... else plain(default)
         if default is not ... and not fits(value, kind):
-            raise GraphError(f"The default of {name} is {default!r:.60} ({type_of(default)}), which is not {kind}.", "Change the default or the type.")
+            raise GraphError(f"The default of {name} is {default!r:.60} ({type_of(default)}), which is not {kind}.",
+                             "Change the default or the type.")
         try: port = Port(name=name, type=kind, required=default is ..., default=value, help=help)
         except ValidationError as e:
             raise GraphError(f"{name!r} is no name for a parameter.", "Use lower case, digits and underscores.") from e
@@ -115,8 +123,9 @@ class Pipeline:
 
     def to_graph(self) -> Graph:
         "The pipeline as data."
-        return Graph(name=self.name, title=self.title, description=self.description, params=tuple(self.scope.params.values()),
-                     nodes=tuple(n for n, _ in self.scope.nodes.values()), outputs=self.outputs)
+        nodes = tuple(n for n, _ in self.scope.nodes.values())
+        return Graph(name=self.name, title=self.title, description=self.description,
+                     params=tuple(self.scope.params.values()), nodes=nodes, outputs=self.outputs)
 
     def mermaid(self, states: Mapping[str, str] | None = None) -> str:
         "The pipeline as a Mermaid flowchart; `states` as for `draw`."
@@ -136,7 +145,7 @@ class Pipeline:
 
 default_catalogue = catalogue  # a parameter of the same name hides it above
 
-# %% ../nbs/03_graph.ipynb #2227c617
+# %% ../nbs/03_graph.ipynb #7f180266
 @patch
 def step(self: Pipeline,
     step_id: str,              # such as "speech.piper"
@@ -165,7 +174,8 @@ def map(self: Pipeline,
 ) -> StepHandle:  # its outputs are lists
     "Add a step that runs once for each item of its lists, side by side."
     if not over: raise GraphError(f"{step_id}: `over` is empty.", 'Write over={"text": texts}.')
-    if both := set(over) & set(inputs): raise GraphError(f"{step_id}: {min(both)!r} is given twice, in `over` and beside it.", "Keep one.")
+    if both := set(over) & set(inputs):
+        raise GraphError(f"{step_id}: {min(both)!r} is given twice, in `over` and beside it.", "Keep one.")
     return self._add(step_id, id, {**over, **inputs}, tuple(over), after, when, on_failure, cache)
 
 @patch
@@ -183,21 +193,25 @@ def output(self: Pipeline, **refs: "Value | StepHandle") -> None:
     "Name what the pipeline gives back: `p.output(video=talk.video)`."
     for name, given in refs.items():
         v = self._lower(given, f"output {name}")
-        if not isinstance(v, ParamRef | PortRef): raise GraphError(f"Output {name!r} is {v!r:.60}, not an output of a step.", "Write name=step.port.")
+        if not isinstance(v, ParamRef | PortRef):
+            raise GraphError(f"Output {name!r} is {v!r:.60}, not an output of a step.", "Write name=step.port.")
         if name in self.outputs: raise GraphError(f"The output {name!r} is declared twice.", "Choose another name.")
         self.outputs[name] = v
 
-# %% ../nbs/03_graph.ipynb #b91074ee
+# %% ../nbs/03_graph.ipynb #fa5df015
 @patch
-def _add(self: Pipeline, step_id: str, id: str | None, inputs: Mapping[str, Any], each: tuple[str, ...], after: Any, when: Any,
-         on_failure: str, cache: bool) -> StepHandle:
+def _add(self: Pipeline, step_id: str, id: str | None, inputs: Mapping[str, Any], each: tuple[str, ...], after: Any,
+         when: Any, on_failure: str, cache: bool) -> StepHandle:
+    "Check one step and add it."
     try: spec = self.catalogue.step(step_id)
     except NotFound as e: raise GraphError(e.message, e.hint, step=step_id) from e
     id = self._free_id(spec) if id is None else id
-    if id in self.scope.nodes: raise GraphError(f"There is a step {id!r} already.", "Choose another id, or leave it out.")
+    if id in self.scope.nodes:
+        raise GraphError(f"There is a step {id!r} already.", "Choose another id, or leave it out.")
     values = {k: self._lower(v, f"{id}.{k} ({step_id})") for k, v in inputs.items()}
-    try: node = Node(id=id, step=step_id, inputs=values, each=each, after=self._ids(after, id), when=self._condition(when, id),
-                     on_failure=on_failure, cache=cache)
+    try:
+        node = Node(id=id, step=step_id, inputs=values, each=each, after=self._ids(after, id),
+                    when=self._condition(when, id), on_failure=on_failure, cache=cache)
     except ValidationError as e:
         bad = e.errors()[0]
         raise GraphError(f"{step_id}: {bad['loc'][0]}={bad['input']!r:.60}: {bad['msg']}.") from e
@@ -217,11 +231,14 @@ def _lower(self: Pipeline, v: Any, where: str) -> Any:
     "What the graph document holds for a value."
     if isinstance(v, StepHandle):
         outs = list(v._spec.outputs)
-        if len(outs) != 1: raise GraphError(f"{where} got the step {v._node.id}, which has {len(outs) or 'no'} outputs.",
-                                            f"Choose one: {' or '.join(f'{v._node.id}.{o}' for o in outs)}." if outs else "Use it in `after=`.")
+        choice = f"Choose one: {' or '.join(f'{v._node.id}.{o}' for o in outs)}." if outs else "Use it in `after=`."
+        if len(outs) != 1:
+            raise GraphError(f"{where} got the step {v._node.id}, which has {len(outs) or 'no'} outputs.", choice)
         v = v[outs[0]]
     if isinstance(v, Value):
-        if v.pipeline is not self: raise GraphError(f"{where} got {v!r}, which belongs to the pipeline {v.pipeline.name!r}.", "Build it in this one.")
+        if v.pipeline is not self:
+            raise GraphError(f"{where} got {v!r}, which belongs to the pipeline {v.pipeline.name!r}.",
+                             "Build it in this one.")
         return v.ref
     if isinstance(v, Condition): raise GraphError(f"{where} got a comparison.", "Conditions go into `when=`.")
     if isinstance(v, list | tuple): return [self._lower(o, f"{where}[{i}]") for i, o in enumerate(v)]
@@ -233,7 +250,8 @@ def _ids(self: Pipeline, after: Any, id: str) -> tuple[str, ...]:
     found = []
     for o in [after] if isinstance(after, StepHandle | str) else after:
         name = o._node.id if isinstance(o, StepHandle) else o
-        if name not in self.scope.nodes: raise GraphError(f"{id}: after={name!r} names no step.", did_you_mean(str(name), self.scope.nodes, "steps"))
+        if name not in self.scope.nodes:
+            raise GraphError(f"{id}: after={name!r} names no step.", did_you_mean(str(name), self.scope.nodes, "steps"))
         found.append(name)
     return tuple(dict.fromkeys(found))
 
@@ -244,4 +262,5 @@ def _condition(self: Pipeline, when: Any, id: str) -> Condition | None:
     if isinstance(when, Value): when = self._lower(when, f"{id}: when")
     if isinstance(when, ParamRef | PortRef): return Condition(ref=when)
     if isinstance(when, Condition): return Condition(ref=when.ref, op=when.op, value=when.value)
-    raise GraphError(f"{id}: when={when!r:.60} is no condition.", "Use an output or a parameter, or compare one: when=script.words > 20.")
+    raise GraphError(f"{id}: when={when!r:.60} is no condition.",
+                     "Use an output or a parameter, or compare one: when=script.words > 20.")

@@ -6,7 +6,7 @@
 __all__ = ['Task', 'Result', 'node_of', 'Plan', 'show_condition', 'replay', 'ready', 'is_done', 'outputs', 'job_error',
            'downstream', 'input_hash', 'to_langgraph']
 
-# %% ../nbs/04_plan.ipynb #5c809d08
+# %% ../nbs/04_plan.ipynb #9948e34e
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,8 @@ from fastcore.basics import patch
 
 from .check import as_type, dependencies, refs_in, revive, show_ref, topological
 from .core import InputError, NotFound, hash_json
-from .schema import STEP_OK, Artifact, Condition, Graph, Node, ParamRef, PortRef, StepSpec, StepStatus, dump_value, parse_value
+from .schema import STEP_OK, Artifact, Condition, Graph, Node, ParamRef, PortRef, StepSpec, StepStatus
+from .schema import dump_value, parse_value
 
 # %% ../nbs/04_plan.ipynb #948d78cf
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def node_of(
     "The node id in a task's key."
     return key.split("[", 1)[0]
 
-# %% ../nbs/04_plan.ipynb #8da93c9c
+# %% ../nbs/04_plan.ipynb #c27de4da
 _OPS: dict[str, Callable[[Any, Any], bool]] = dict(
     truthy=lambda a, _: bool(a), falsy=lambda a, _: not a, eq=lambda a, b: a == b, ne=lambda a, b: a != b,
     lt=lambda a, b: a < b, le=lambda a, b: a <= b, gt=lambda a, b: a > b, ge=lambda a, b: a >= b)
@@ -59,7 +60,7 @@ class _State:
     results: list[Result | None] = field(default_factory=list)
 
 class Plan:
-    "A graph on its way: feed it results, take the tasks that became ready. Costs one visit to each node and edge in all."
+    "A graph on its way: feed it results, take the tasks that became ready. Visits each node and edge once in all."
     def __init__(self,
         graph: Graph,
         params: Mapping[str, Any],  # resolved
@@ -94,7 +95,7 @@ class Plan:
         "Has every node ended?"
         return all(s.status not in ("", "open") and not s.open for s in self.states.values())
 
-# %% ../nbs/04_plan.ipynb #1dfbd5cf
+# %% ../nbs/04_plan.ipynb #10bd7be0
 @patch
 def _end(self: Plan, state: _State) -> list[str]:
     "Decide how a node ended; the nodes that now need nothing more."
@@ -132,7 +133,8 @@ def _tasks(self: Plan, state: _State) -> list[Task]:
     if not node.each: return [Task(node.id, node.id, node.step, inputs=inputs)]
     lists = {k: inputs[k] for k in node.each}
     for k, v in lists.items():
-        if not isinstance(v, list): raise InputError(f"{node.id} maps over {k}, which is no list but {v!r:.60}.", "Give it a list.")
+        if not isinstance(v, list):
+            raise InputError(f"{node.id} maps over {k}, which is no list but {v!r:.60}.", "Give it a list.")
     if len({len(v) for v in lists.values()}) > 1:
         told = ", ".join(f"{k} has {len(v)}" for k, v in lists.items())
         raise InputError(f"{node.id} maps over lists of different lengths: {told}.", "Make them equal.")
@@ -151,7 +153,7 @@ def _blocked(self: Plan, state: _State) -> str:
         if self.states[id].status == "skipped" and id not in self._only_after(state): return f"{id} was skipped"
     return f"not {show_condition(node.when)}" if node.when and not self.holds(node.when) else ""
 
-# %% ../nbs/04_plan.ipynb #f2e16485
+# %% ../nbs/04_plan.ipynb #1db022ec
 @patch
 def _only_after(self: Plan, state: _State) -> set[str]:
     "Nodes that are waited for, but whose outputs are not used."
@@ -174,14 +176,17 @@ def value(self: Plan, v: Any) -> Any:
 
 def _output(ref: PortRef, r: Result) -> Any:
     if ref.port in r.outputs: return revive(r.outputs[ref.port])
-    raise InputError(f"The step {ref.node} ended without its output {ref.port!r}.", f"It gave: {', '.join(r.outputs) or 'nothing'}.")
+    raise InputError(f"The step {ref.node} ended without its output {ref.port!r}.",
+                     f"It gave: {', '.join(r.outputs) or 'nothing'}.")
 
 @patch
 def holds(self: Plan, c: Condition) -> bool:
     "Is the condition true? Raises `InputError` for values that cannot be compared."
     v = self.value(c.ref)
     try: return _OPS[c.op](dump_value(v), dump_value(c.value))
-    except TypeError as e: raise InputError(f"Cannot decide {show_condition(c)}: the value is {v!r:.60}.", "Compare values of one type.") from e
+    except TypeError as e:
+        raise InputError(f"Cannot decide {show_condition(c)}: the value is {v!r:.60}.",
+                         "Compare values of one type.") from e
 
 def show_condition(c: Condition) -> str:
     "A condition as people write it."
@@ -274,7 +279,7 @@ def input_hash(
     return hash_json(dict(step=spec.id, version=spec.version, source=spec.source_hash, outputs=spec.outputs,
                           models=list(spec.needs.models), inputs=values))
 
-# %% ../nbs/04_plan.ipynb #c94150d6
+# %% ../nbs/04_plan.ipynb #c37a45cc
 def _merge(a: dict, b: dict) -> dict: return {**a, **b}
 
 def to_langgraph(
@@ -287,8 +292,10 @@ def to_langgraph(
 
     from langgraph.graph import START, StateGraph
     graph = pipeline if isinstance(pipeline, Graph) else pipeline.to_graph()
-    state = TypedDict("state", {"params": dict, "results": Annotated[dict, _merge]})
-    name = lambda id: f"{id} step" if id in ("params", "results") else id  # LangGraph's nodes and state share one namespace
+    class State(TypedDict):
+        params: dict
+        results: Annotated[dict, _merge]
+    name = lambda id: f"{id} step" if id in ("params", "results") else id  # nodes and state share one namespace there
 
     def node(id: str) -> Callable[[dict], Awaitable[dict]]:
         async def run(s: dict) -> dict:
@@ -297,7 +304,7 @@ def to_langgraph(
             return {"results": dict(zip([t.key for t in mine], await asyncio.gather(*map(one, mine)), strict=True))}
         return run
 
-    built = StateGraph(state)
+    built = StateGraph(State)
     for n in graph.nodes: built.add_node(name(n.id), node(n.id))
     for id, needs in dependencies(graph).items(): built.add_edge([name(o) for o in needs] or START, name(id))
     return built.compile(name=graph.name)

@@ -62,7 +62,7 @@ def fits(
     if type in MEDIA: return isinstance(v, str) or (isinstance(v, Artifact) and type_of(v) in (type, "any"))
     return isinstance(v, dict(str=str, int=int, float=(int, float), list=(list, tuple), dict=dict, bool=bool)[type])
 
-# %% ../nbs/02_spec.ipynb #d3b06d4a
+# %% ../nbs/02_spec.ipynb #8d2a1ed8
 def _one_param(s: ast.stmt, comments: dict[int, str]) -> Port:
     "One statement of a parameters cell; raises `GraphError`."
     target = s.target if isinstance(s, ast.AnnAssign) else s.targets[0] if isinstance(s, ast.Assign) else None
@@ -80,7 +80,8 @@ def _one_param(s: ast.stmt, comments: dict[int, str]) -> Port:
         raise GraphError(f"The default of {name!r} is {default!r:.60}, which is not {kind}.", "Change one of the two.")
     if kind == "float": default = float(default)
     if isinstance(default, tuple): default = list(default)
-    help = comments.get(s.end_lineno) or comments.get(s.lineno - 1, "")
+    above = next(i for i in range(s.lineno, -1, -1) if i - 1 not in comments)
+    help = comments.get(s.end_lineno) or " ".join(comments[i] for i in range(above, s.lineno))
     try: return Port(name=name, type=kind, default=default, help=help)
     except ValidationError as e: raise GraphError(f"{name!r} is no name for an input.", "Names are lower case.") from e
 
@@ -100,12 +101,13 @@ def parse_parameters(
         mine = {n: c for n, c in comments.items() if n == s.end_lineno or n not in own}
         try: port = _one_param(s, mine)
         except GraphError as e: raise NotebookError(f"{where}, line {s.lineno}: {e.message}", e.hint) from e
-        if port.name in ports: raise NotebookError(f"{where}, line {s.lineno}: {port.name!r} is set twice.", "Keep one.")
+        if port.name in ports:
+            raise NotebookError(f"{where}, line {s.lineno}: {port.name!r} is set twice.", "Keep one.")
         ports[port.name] = port
     return tuple(ports.values())
 
-# %% ../nbs/02_spec.ipynb #2e20ef67
-CONTRACT: frozenset[str] = frozenset({"core", "schema", "spec", "catalogue", "step"})  # their change leaves results valid
+# %% ../nbs/02_spec.ipynb #0a1bc6e7
+CONTRACT = frozenset({"core", "schema", "spec", "catalogue", "step"})  # a change there leaves results valid
 
 def without_comments(src: str) -> str:
     "The source without comments and blank lines; as it is when it is not plain Python."
@@ -141,7 +143,7 @@ def _module(path: Path, mtime_ns: int, size: int) -> tuple[str, frozenset[str]]:
     src = path.read_text(encoding="utf-8")
     return hash_bytes(without_comments(src).encode()), frozenset(_imports(src, path.parent))
 
-# %% ../nbs/02_spec.ipynb #16ea8e63
+# %% ../nbs/02_spec.ipynb #2681d108
 def _closure(names: Iterable[str], package: Path) -> dict[str, str]:
     "Hash of each module named and of all that they import."
     todo, found = list(names), {}
@@ -162,7 +164,8 @@ def modules_hash(names: Iterable[str]) -> str:
 def _notebook(path: Path, mtime_ns: int, size: int) -> dict[str, Any]:
     "A notebook as JSON; raises `NotebookError`."
     try: nb = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e: raise NotebookError(f"{path.name} is no notebook: {e}.", "Save it again in JupyterLab.") from e
+    except ValueError as e:
+        raise NotebookError(f"{path.name} is no notebook: {e}.", "Save it again in JupyterLab.") from e
     if not isinstance(nb, dict) or nb.get("nbformat") != 4 or not isinstance(nb.get("cells"), list):
         raise NotebookError(f"{path.name} is not a notebook of format 4.", "Open and save it in JupyterLab.")
     return nb
@@ -187,7 +190,7 @@ def source_hash(
     names = set().union(*(_imports(src, package_dir()) for src in cells)) if cells else set()
     return hash_json([[without_comments(o) for o in cells], modules_hash(names)])
 
-# %% ../nbs/02_spec.ipynb #24dbb6fb
+# %% ../nbs/02_spec.ipynb #0177d941
 def _title(nb: dict[str, Any]) -> tuple[str, str]:
     "Heading and first paragraph of the first cell."
     first = nb["cells"][0] if nb["cells"] else {}
@@ -205,14 +208,17 @@ def load_step(
     meta, info = nb.get("metadata", {}), nb.get("metadata", {}).get("myspinbot")
     language = meta.get("kernelspec", {}).get("language") or meta.get("language_info", {}).get("name") or "python"
     if language.lower() != "python":
-        raise NotebookError(f"{path.name}: its kernel speaks {language}.", "A step is a Python notebook: choose a Python kernel.")
+        raise NotebookError(f"{path.name}: its kernel speaks {language}.",
+                            "A step is a Python notebook: choose a Python kernel.")
     if not isinstance(info, dict):
         example = json.dumps(dict(id=path.stem.replace("_", ".", 1), outputs=dict(video="video/mp4")))
-        raise NotebookError(f"{path.name}: no `myspinbot` entry in the notebook's metadata.", f"Add one, such as {example}.")
+        raise NotebookError(f"{path.name}: no `myspinbot` entry in the notebook's metadata.",
+                            f"Add one, such as {example}.")
     found = cells_of(nb, "parameters")
     if len(found) != 1:
         said = "no cell is" if not found else f"cells {', '.join(str(i) for i, _ in found)} are"
-        raise NotebookError(f"{path.name}: {said} tagged `parameters`.", "Tag one code cell, the one with the defaults.")
+        raise NotebookError(f"{path.name}: {said} tagged `parameters`.",
+                            "Tag one code cell, the one with the defaults.")
     if taken := {"inputs", "title", "description", "source_hash", "kind"} & set(info):
         raise NotebookError(f"{path.name}, metadata: {', '.join(sorted(taken))} cannot be set there.",
                             "They are read from the cells.")
@@ -231,7 +237,8 @@ def make_spec(
     except ValidationError as e:
         bad = "; ".join(f"{'.'.join(map(str, o['loc']))}={o['input']!r:.60}: {o['msg']}" for o in e.errors())
         unknown = [str(o["loc"][-1]) for o in e.errors() if o["type"] == "extra_forbidden"]
-        raise NotebookError(f"{where}: {bad}.", did_you_mean(unknown[0], StepSpec.model_fields) if unknown else "") from e
+        raise NotebookError(f"{where}: {bad}.",
+                            did_you_mean(unknown[0], StepSpec.model_fields) if unknown else "") from e
     for name, kind in spec.outputs.items():
         try: port_type(kind)
         except GraphError as e: raise NotebookError(f"{where}: output {name!r}: {e.message}", e.hint) from e

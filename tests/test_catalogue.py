@@ -72,7 +72,8 @@ free = None
 
 
 def test_step_notebook_gives_its_spec(tmp_path: Path) -> None:
-    path = add_step(tmp_path, version="2", queue="gpu", needs={"vram_gb": 8, "models": ["wan"]}, kernel="fresh", timeout_s=30)
+    path = add_step(tmp_path, version="2", queue="gpu", needs={"vram_gb": 8, "models": ["wan"]}, kernel="fresh",
+                    timeout_s=30)
     spec = load_step(path)
     assert (spec.id, spec.version, spec.queue, spec.kernel, spec.title, spec.description) == (
         "demo.shout", "2", "gpu", "fresh", "Shout", "Loud.")
@@ -97,7 +98,8 @@ def test_bad_metadata_is_told_by_field(tmp_path: Path, info: dict[str, Any], sai
 def test_two_parameters_cells_none_or_an_empty_one(tmp_path: Path) -> None:
     two = write(tmp_path / "two.ipynb", ("parameters", "a: int = 1"), "text", ("parameters", "b: int = 1"), id="a.b")
     with pytest.raises(NotebookError, match="cells 1, 3 are tagged"): load_step(two)
-    with pytest.raises(NotebookError, match="no cell is tagged"): load_step(write(tmp_path / "none.ipynb", (None, ""), id="a.b"))
+    with pytest.raises(NotebookError, match="no cell is tagged"):
+        load_step(write(tmp_path / "none.ipynb", (None, ""), id="a.b"))
     assert load_step(write(tmp_path / "empty.ipynb", ("parameters", ""), id="a.b")).inputs == ()
 
 
@@ -112,7 +114,8 @@ def test_other_language_and_no_notebook_at_all(tmp_path: Path) -> None:
 
 
 def test_source_hash_follows_code_and_imported_modules_only(tmp_path: Path) -> None:
-    def of(*cells: Any) -> str: return source_hash(write(tmp_path / f"{len(list(tmp_path.iterdir()))}.ipynb", *cells, id="a.b"))
+    def of(*cells: Any) -> str:
+        return source_hash(write(tmp_path / f"{len(list(tmp_path.iterdir()))}.ipynb", *cells, id="a.b"))
     base = of((None, "x = 1"), (None, "from myspinbot.graph import Pipeline"))
     assert base == of("# Title", (None, "x = 1  # better said\n\n"), (None, "from myspinbot.graph import Pipeline"))
     assert base != of((None, "x = 2"), (None, "from myspinbot.graph import Pipeline"))
@@ -123,12 +126,14 @@ def test_source_hash_follows_code_and_imported_modules_only(tmp_path: Path) -> N
 def test_source_hash_sees_a_change_two_imports_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "myspinbot"
     package.mkdir()
-    for name, src in dict(near="from .far import f", far="f = 1", core="version = 1").items(): (package / f"{name}.py").write_text(src)
+    for name, src in dict(near="from .far import f", far="f = 1", core="version = 1").items():
+        (package / f"{name}.py").write_text(src)
     monkeypatch.setattr("myspinbot.spec.package_dir", lambda: package)
     def change(name: str, src: str) -> str:
         (package / f"{name}.py").write_text(src)
         return source_hash(nb)
-    nb = write(tmp_path / "a.ipynb", (None, "if True:\n    from myspinbot import near\nfrom myspinbot.core import version"), id="a.b")
+    nb = write(tmp_path / "a.ipynb",
+               (None, "if True:\n    from myspinbot import near\nfrom myspinbot.core import version"), id="a.b")
     first = source_hash(nb)
     assert change("core", "version = 22") == first
     assert change("far", "f = 1  # one") == first
@@ -163,8 +168,8 @@ def test_control_step_ports_come_from_the_signature(tmp_path: Path) -> None:
     @control_step("test.ports", outputs={"video": "video/mp4"}, retries=2)
     async def ports(ctx: Any,
         image: Image,             # a face
-        names: list[str] = ["a"],  # who
-        free=None,                # noqa: ANN001
+        names: list[str] = ["a"],  # noqa: B006
+        free=None,              
     ) -> dict[str, Any]:
         "Do it."
         return {}

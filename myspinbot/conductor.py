@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'Key', 'Waiter', 'Conductor']
 
-# %% ../nbs/26_conductor.ipynb #258e2df0
+# %% ../nbs/26_conductor.ipynb #9804d6df
 import asyncio, threading
 from collections.abc import Iterable
 from typing import Any
@@ -18,7 +18,7 @@ from .bridge import Bridge
 from .catalogue import Catalogue
 from .core import FenceLost, ServiceUnavailable, Settings, SpinError, StepFailed, settings
 from .events import Events
-from .journal import MAX_LOST, Journal
+from .journal import Journal
 from .keys import work_stream
 from .plan import Result, Task, input_hash, job_error, outputs
 from .runner import Context, artifacts_in, control_notebook, run_control, run_graph

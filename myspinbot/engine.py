@@ -48,7 +48,7 @@ class Watch:
             return StepTimeout(f"The notebook ran longer than {self.timeout_s:g} s.", fix, timeout_s=self.timeout_s)
         return None
 
-# %% ../nbs/22_engine.ipynb #3c6f93a5
+# %% ../nbs/22_engine.ipynb #c1c6ad5d
 class Collector:
     "Messages in, cell outputs out."
     def __init__(self,
@@ -74,8 +74,10 @@ class Collector:
         kind, content, outs = message["msg_type"], message["content"], self.cell.outputs
         if kind in ("stream", "display_data", "execute_result", "update_display_data"):
             if self.room <= 0: return
-            self.room -= len(content.get("text", "")) + sum(len(str(v)) for v in content.get("data", {}).values())
-            if self.room <= 0: message = self._cut_off(message)
+            size = len(content.get("text", "")) + sum(len(str(v)) for v in content.get("data", {}).values())
+            self.room -= size
+            if self.room <= 0: message = self._cut_off(message, content.get("text", "")[:size + self.room])
+            kind, content = message["msg_type"], message["content"]
         joins = kind == "stream" and outs and outs[-1].get("name") == content["name"] and not self._redirected(message)
         if joins: self._parts.append(content["text"])
         else:
@@ -88,11 +90,10 @@ class Collector:
         hooks = self.client.output_hook_stack[message["parent_header"].get("msg_id")]
         return self.client.clear_before_next_output or bool(hooks)
 
-    def _cut_off(self, message: dict[str, Any]) -> dict[str, Any]:
-        self.join()
-        note = f"\n[more than {self.max_mb:g} MB of output: the rest is not kept]\n"
+    def _cut_off(self, message: dict[str, Any], text: str) -> dict[str, Any]:
+        note = f"{text}\n[more than {self.max_mb:g} MB of output: the rest is not kept]\n"
         return {**message, "msg_type": "stream", "header": {**message["header"], "msg_type": "stream"},
-                "content": dict(name="stderr", text=note)}
+                "content": dict(name=message["content"].get("name", "stderr"), text=note)}
 
     def join(self) -> None:
         "Write the collected stream pieces into their output."
@@ -193,7 +194,7 @@ def _mark(nb: Any) -> None:
     cells = [(index, ERROR_ANCHOR_MSG), (0, ERROR_MESSAGE_TEMPLATE % nb.cells[index].execution_count)]
     for at, text in cells: nb.cells.insert(at, new_markdown_cell(text, metadata={"tags": [ERROR_MARKER_TAG]}))
 
-# %% ../nbs/22_engine.ipynb #5b1bbcdf
+# %% ../nbs/22_engine.ipynb #906dcb75
 @lru_cache(maxsize=128)
 def _parsed(path: str, mtime_ns: int, size: int) -> Any:
     from papermill.iorw import load_notebook_node
@@ -208,7 +209,7 @@ def load_notebook(path: str | Path, parameters: dict[str, Any] | None = None) ->
         stat = os.stat(path)
         nb = copy.deepcopy(_parsed(str(path), stat.st_mtime_ns, stat.st_size))
     except FileNotFoundError as e: raise NotFound(f"No notebook {str(path)!r}.", "See `myspinbot steps`.") from e
-    except (NotJSONError, ValueError, AttributeError, KeyError) as e:
+    except (NotJSONError, ValueError, TypeError, AttributeError, KeyError) as e:
         raise InputError(f"Not a notebook: {str(path)!r} ({str(e)[:200]}).", "Save it again in JupyterLab.") from e
     nb.metadata.setdefault("kernelspec", type(nb)(name="python3", language="python", display_name="Python 3"))
     language = nb.metadata.get("language_info", {}).get("name") or nb.metadata.kernelspec.get("language") or "python"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['serve', 'Launcher', 'source_stamp', 'Kernel', 'prepare', 'begin', 'reset', 'KernelPool']
 
-# %% ../nbs/21_kernels.ipynb #28fe3170
+# %% ../nbs/21_kernels.ipynb #d390070a
 import contextlib, gc, json, os, re, secrets, select, shutil, signal, socket, subprocess, sys, tempfile, threading, time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +14,15 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from .core import KernelDied, NotFound, ServiceUnavailable
+from .core import KernelDied, NotFound, ServiceUnavailable, SpinError
 
-# %% ../nbs/21_kernels.ipynb #3aeedb4d
+# %% ../nbs/21_kernels.ipynb #ab50782b
 def serve(
     fd: int,      # socket to the owner: requests in, replies and exits out, one JSON document a line
     folder: str,  # for connection files; removed at the end
 ) -> None:
     "Main function of the launcher process."
-    import ipykernel.ipkernel, ipykernel.kernelapp, ipykernel.zmqshell  # noqa: F401  (warm before the fork)
-    import myspinbot.step  # noqa: F401
+    _preload()
     owner, kernels, buffer = socket.socket(fileno=fd), set(), b""
     wake, woken = socket.socketpair()
     woken.setblocking(False)
@@ -47,7 +46,19 @@ def serve(
     except OSError as e: print(f"launcher: {e}", file=sys.stderr)
     finally:
         for pid in kernels: _kill_group(pid)
+        for pid in kernels: os.waitpid(pid, 0)
         shutil.rmtree(folder, ignore_errors=True)
+
+def _preload() -> None:
+    "Import what a kernel imports on its start, but for the debugger: that one takes longer than all the rest."
+    from importlib import import_module
+    debugger = ("debugpy", "debugpy.server")
+    sys.modules.update(dict.fromkeys(debugger))
+    import_module("ipykernel.debugger")
+    for o in debugger: del sys.modules[o]
+    for o in ("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "IPython.core.completerlib", "pstats",
+              "IPython.core.debugger", "IPython.core.oinspect", "IPython.extensions.storemagic", "pdb", "faulthandler",
+              "tornado.platform.asyncio", "myspinbot.step"): import_module(o)
 
 def _kill_group(pid: int, sig: int = signal.SIGKILL) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(pid, sig)
@@ -62,7 +73,9 @@ def _reap(kernels: set[int]) -> list[tuple[int, int]]:
         kernels.discard(pid)
     return ended
 
-# %% ../nbs/21_kernels.ipynb #8ef26f86
+# %% ../nbs/21_kernels.ipynb #301b265e
+_baseline: dict[str, Any] = {}  # in a kernel: what it was like before its first run
+
 def _die_with(parent: int) -> None:
     "Ask Linux to kill this process when its parent is gone."
     if sys.platform != "linux": return
@@ -80,14 +93,15 @@ def _become_kernel(request: dict[str, Any], sockets: list[socket.socket]) -> Non
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for s in sockets: s.close()
         _die_with(parent)
-        out = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+        out = _baseline["log"] = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for fd in (1, 2): os.dup2(out, fd)
         os.chdir(request["cwd"])
         if request["argv"]: os.execvpe(request["argv"][0], request["argv"], {**os.environ, **request["env"]})
         sys.argv = ["ipykernel_launcher"]
         from ipykernel.kernelapp import IPKernelApp
-        IPKernelApp.launch_instance(argv=["-f", request["connection"], "--quiet", "--HistoryManager.enabled=False"])
+        IPKernelApp.launch_instance(argv=["-f", request["connection"], "--quiet", "--HistoryManager.enabled=False",
+                                          "--IPythonKernel._execute_sleep=0"])
         os._exit(0)
     except BaseException:
         import traceback
@@ -234,7 +248,7 @@ def _command(name: str, connection: Path) -> tuple[list[str], dict[str, str]]:
     places = dict(connection_file=str(connection), resource_dir=spec.resource_dir)
     return [re.sub(r"\{(\w+)\}", lambda m: places.get(m[1], m[0]), o) for o in spec.argv], dict(spec.env)
 
-# %% ../nbs/21_kernels.ipynb #b3dc318a
+# %% ../nbs/21_kernels.ipynb #d46dcaaa
 @patch
 def _connect(self: Kernel, timeout_s: float = 60.0) -> None:
     "Open the sockets; the kernel is ready when it answers on both."
@@ -290,7 +304,8 @@ def request(self: Kernel,
     expression: str = "",  # evaluated after the cell; its repr comes back in `user_expressions`
     on_message: Callable[[dict[str, Any]], None] | None = None,  # for each output message
     watch: Callable[[], None] | None = None,
-    idle_s: float = 60.0,  # after the reply, how long to wait for outputs that are still on their way
+    outputs_s: float = 60.0,  # after the reply, how long to wait for outputs that are still on their way
+    reply_s: float = 5.0,     # after the last output, how long to wait for the reply
 ) -> dict[str, Any]:  # content of the reply
     "Run one cell to its end; raises `KernelDied`."
     sent, reply, idle = self.send(code, silent=silent, expression=expression), None, False
@@ -305,7 +320,9 @@ def request(self: Kernel,
             elif message["msg_type"] == "status": idle = message["content"]["execution_state"] == "idle"
             if channel == "iopub" and on_message: on_message(message)
         if not messages and not self.alive(): raise self.died()
-        if not messages and reply is not None and now - last > idle_s: break
+        if not messages and reply is not None and now - last > outputs_s: break
+        if not messages and idle and reply is None and now - last > reply_s:
+            raise KernelDied(f"The notebook broke its kernel {self.id}: it answers no more.")
         if watch and now - look >= 0.05:
             watch()
             look = now
@@ -326,16 +343,14 @@ def call(self: Kernel, expression: str, timeout_s: float = 20.0) -> Any:
         raise KernelDied(f"Kernel {self.id} cannot do {expression:.80}: {why}.")
     return json.loads(ast.literal_eval(result["data"]["text/plain"]))
 
-# %% ../nbs/21_kernels.ipynb #3277f745
-_baseline: dict[str, Any] = {}
-
+# %% ../nbs/21_kernels.ipynb #2ccc5bb1
 def _json(value: Any) -> str: return json.dumps(value)
 
 def prepare() -> bool:
     "Take the baseline; called once in a new kernel."
-    import builtins, logging, warnings
+    import builtins, faulthandler, logging, warnings
     from IPython import get_ipython
-    import myspinbot.step  # noqa: F401
+    if "log" in _baseline: faulthandler.enable(file=_baseline["log"])  # ipykernel's own goes down with its pipe
     ip = get_ipython()
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     _baseline.update(cwd=os.getcwd(), env=dict(os.environ), path=list(sys.path), argv=list(sys.argv),
@@ -399,7 +414,7 @@ def _reset_process(run_folder: str) -> None:
     for k in local: del sys.modules[k]
     linecache.clearcache()
 
-# %% ../nbs/21_kernels.ipynb #35b733fb
+# %% ../nbs/21_kernels.ipynb #9e6b5c3d
 def _children() -> list[int]:
     "Child processes that a run left behind."
     if sys.platform != "linux": return []
@@ -409,6 +424,7 @@ def _children() -> list[int]:
 def _trim() -> float:
     "Give memory back to the system; the resident size in MB after that."
     gc.collect()
+    gc.freeze()  # what survived belongs to modules: the next collection need not look at it
     if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized(): torch.cuda.empty_cache()
     if sys.platform != "linux":
         import psutil
@@ -513,7 +529,7 @@ class KernelPool:
 
     def _retire(self, kernel: Kernel) -> None: kernel.kill()
 
-# %% ../nbs/21_kernels.ipynb #94e47f0a
+# %% ../nbs/21_kernels.ipynb #2133e8ef
 @patch
 def release(self: KernelPool,
     kernel: Kernel,
@@ -550,7 +566,8 @@ def refill(self: KernelPool) -> None:
             if self._closed or self._used or len(self._spares) >= self.spare: return
             if self._total() >= self.max_kernels: return
             self._used += 1
-        kernel = self._start()
+        try: kernel = self._start()
+        except SpinError: return  # whatever it is, the next `acquire` meets it and tells its caller
         with self._changed:
             self._used -= 1
             if not self._closed: self._spares.append(kernel)

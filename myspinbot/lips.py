@@ -82,7 +82,7 @@ def through(points: Any, x: np.ndarray) -> np.ndarray:
     p = p[np.r_[True, np.diff(p[:, 0]) > 1e-3]]
     return PchipInterpolator(p[:, 0], p[:, 1])(np.clip(x, p[0, 0], p[-1, 0]))
 
-# %% ../nbs/33_lips.ipynb #93dcec57
+# %% ../nbs/33_lips.ipynb #a155906c
 class Lips:
     "The lip contours of a portrait in millimetres: `upper` and `lower` inner edge over `x`, and the outer edges."
     def __init__(self,
@@ -121,12 +121,21 @@ class Lips:
             return seam, seam.copy()
         dark, red = (np.gradient(strip[..., i], axis=0) for i in (0, 1))
         dark, red = (g / (np.percentile(np.abs(g), 95) + 1e-6) for g in (dark, red))
-        a, b = best(-red + 0.5 * np.abs(dark), upper, 1.8, 0.2), best(red + 0.5 * np.abs(dark), lower, 1.8, 0.2)
-        a, b = np.minimum(a, (a + b) / 2), np.maximum(b, (a + b) / 2)
-        a[[0, -1]] = b[[0, -1]] = ((a + b) / 2)[[0, -1]]
-        return a, b
+        deep = self._hollow(light, gy, upper, lower) * step
+        above, below = np.cumsum(deep, 0), np.cumsum(deep[::-1], 0)[::-1]  # hollow that a contour would leave outside
+        a = best(-red + 0.5 * np.abs(dark) - 2.0 * above, upper, 1.8, 0.2)
+        b = best(red + 0.5 * np.abs(dark) - 2.0 * below, lower, 1.8, 0.2)
+        line = cv2.GaussianBlur(((a + b) / 2)[None], (0, 0), 3.0, borderType=cv2.BORDER_REPLICATE)[0]
+        reach = 0.42 * np.minimum(x - x[0], x[-1] - x)  # contours meet in the corners at an acute angle
+        return np.clip(a, line - reach, line), np.clip(b, line, line + reach)
 
-# %% ../nbs/33_lips.ipynb #f0212996
+    def _hollow(self, light: np.ndarray, gy: np.ndarray, upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+        "Which pixels are too dark to be lip, near the mouth."
+        lip = ((gy < upper - 1) & (gy > upper - 3)) | ((gy > lower + 1) & (gy < lower + 3))
+        near = (gy > upper - 3.5) & (gy < lower + 2.5)
+        return near * smooth_step(-light, -0.72 * np.median(light[lip]), -0.5 * np.median(light[lip]))
+
+# %% ../nbs/33_lips.ipynb #b8dbedae
 MOUTH = ("jaw", "upper", "lower", "wide", "round", "press", "tuck")  # mouth controls, each 0..1
 JAW_MM = 13.0  # how far jaw=1 drops the lower lip
 
@@ -151,26 +160,27 @@ class Movements:
         t = (x - lips.centre) / lips.half
         span = 1.0 if inner else 1.12
         arch = np.clip(1 - (t / span) ** 2, 0, 1)
-        oval, side = arch ** 0.55, 1 - arch
+        oval, side = arch ** 0.5, 1 - arch
         s, gap = t * lips.half, np.interp(x, lips.x, lips.gap)
         close, jaw, raised, lowered, wide, round_, press, tuck = d.transpose(1, 2, 0)
         close[0] = -self.narrow * s
         close[1] = (self.meet if upper else self.meet - 1) * gap * (1 if inner else 0.72 if upper else 0.6)
+        if inner and lips.parted: close[1] += (0.2 if upper else -0.2) * np.clip(gap, 0, 1)
         close[1] += 0.22 * self.curve * side * lips.parted
         jaw[0] = -0.10 * s
         jaw[1] = JAW_MM * (0.26 * (1 - oval) if upper else 0.26 + (0.74 if inner else 0.70) * oval)
         if upper: raised[1] = -3.5 * arch * (1 if inner else 0.75)
         else: lowered[1] = 4.0 * oval * (1 if inner else 0.85)
         wide[0], wide[1] = 0.13 * s, -0.9 * side + (0 if inner else 0.5 if upper else -0.7) * arch
-        round_[0] = -0.25 * s * (1 if inner else 0.8)
-        round_[1] = 0.75 * self.curve * side
-        round_[1] += arch * ((0.9 if upper else 0.5) if inner else (-0.9 if upper else 1.3))
+        round_[0] = -min(0.26, 7 / lips.half) * s * (1 if inner else 0.9)
+        round_[1] = 0.5 * self.curve * side
+        round_[1] += arch * ((0.6 if upper else 0.9) if inner else (-0.9 if upper else 1.5))
         press[1] = (0.8 if upper else -1.0) * (0.35 + 0.65 * oval) if inner else (0.9 if upper else -0.5) * arch
         tuck[0] = 0 if upper else -0.03 * s
-        tuck[1] = (-2.6 if inner else -1.9) * arch if upper else (-1.2 if inner else -1.0) * oval
+        tuck[1] = (-2.6 if inner else -1.9) * arch if upper else (-0.9 if inner else -1.2) * oval
         return d
 
-# %% ../nbs/33_lips.ipynb #ace8309d
+# %% ../nbs/33_lips.ipynb #c75cc53b
 def thin_plate(
     points: np.ndarray,  # (n, 2)
     moves: np.ndarray,   # (n, k, 2): k movements of each
@@ -181,7 +191,7 @@ def thin_plate(
     n, middle, scale = len(points), points.mean(0), float(np.ptp(points, axis=0).max())
     p, g = (points - middle) / scale, ((grid - middle) / scale).reshape(-1, 2)
     one = np.c_[np.ones(n), p]
-    k = u(((p[:, None] - p[None]) ** 2).sum(-1)) + 1e-4 * np.eye(n)
+    k = u(((p[:, None] - p[None]) ** 2).sum(-1)) + 1e-6 * np.eye(n)
     known = np.r_[moves.reshape(n, -1), np.zeros((3, 2 * moves.shape[1]))]
     w = np.linalg.solve(np.block([[k, one], [one.T, np.zeros((3, 3))]]), known)
     out = np.empty((len(g), w.shape[1]), np.float32)
@@ -216,7 +226,7 @@ def _face_anchors(move: Movements) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     points = np.vstack([p[:17], chin, still, cheek, corners])
     return points, np.concatenate([line, chin_moves, np.zeros((len(still), k, 2)), cheek_moves, corner]), ring
 
-# %% ../nbs/33_lips.ipynb #fc4b63eb
+# %% ../nbs/33_lips.ipynb #e066f474
 class MouthFields:
     "Displacement, in pixels, of the upper- and the lower-lip layer on a coarse grid: (8, rows, columns, 2) each."
     def __init__(self,
@@ -233,13 +243,16 @@ class MouthFields:
         self.box = x0, y0, *(int(o + (v - o) // step * step + 1) for o, v in ((x0, high[0] - 1), (y0, high[1] - 1)))
         grid = pixel_grid(self.box, step)
         self.mm = mm = a.local(grid)
-        inner, outer = lips.x[4:-4:4], np.linspace(lips.p[48, 0], lips.p[54, 0], 13)[1:-1]
+        inner, outer = lips.x[2:-2:3], np.linspace(lips.p[48, 0], lips.p[54, 0], 13)[1:-1]
         both = []
         for upper in (True, False):
             edge = lips.upper if upper else lips.lower
             edges = np.c_[inner, np.interp(inner, lips.x, edge)], np.c_[outer, lips.outer(outer, upper)]
             p = np.vstack([points, *edges])
-            m = np.concatenate([moves, self.move.lip(inner, upper, True), self.move.lip(outer, upper, False)])
+            thick = np.abs(lips.outer(outer, upper) - np.interp(outer, lips.x, edge))
+            own = smooth_step(thick, 1.0, 6.0)[:, None, None]  # where a lip is thin its edges move as one
+            rim = own * self.move.lip(outer, upper, False) + (1 - own) * self.move.lip(outer, upper, True)
+            m = np.concatenate([moves, self.move.lip(inner, upper, True), rim])
             both.append(thin_plate(p, m, mm))
         away = np.maximum(np.abs(mm[..., 0] - lips.centre) - lips.half, 0)
         line = np.interp(mm[..., 0], lips.x, (lips.upper + lips.lower) / 2)

@@ -20,7 +20,7 @@ T = TypeVar("T")
 BROKEN = ("57P01", "57P02", "57P03", "25006")  # shut down, crashed, starting up, a replica that was the primary
 CLASH = ("40P01", "40001")                     # deadlock, serialisation failure: repeat the transaction
 
-# %% ../nbs/14_pg.ipynb #3dcfc547
+# %% ../nbs/14_pg.ipynb #39c1051b
 class Connections:
     "At most `size` autocommit connections to one database; safe to share between threads."
     def __init__(self,
@@ -43,8 +43,8 @@ class Connections:
 
     def unavailable(self, e: BaseException) -> ServiceUnavailable:
         "What PostgreSQL or the network said, as our error."
-        said = str(e).strip().splitlines() or [type(e).__name__]
-        return ServiceUnavailable(f"PostgreSQL at {self.where()} does not answer: {said[-1].strip().rstrip('.')}.",
+        said = (str(e).strip() or type(e).__name__).splitlines()[0].rpartition("failed: ")[2]
+        return ServiceUnavailable(f"PostgreSQL at {self.where()} does not answer: {said.strip().rstrip('.')}.",
                                   "Is it running? `myspinbot doctor` looks.")
 
     def connect(self) -> Any:

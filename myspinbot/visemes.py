@@ -15,8 +15,9 @@ import numpy as np
 
 from .core import InputError
 
-# %% ../nbs/33_visemes.ipynb #39c4127d
-TRACKS = ("jaw", "upper", "lower", "wide", "round", "press", "tuck", "tongue", "blink", "brow", "dx", "dy", "roll", "zoom")
+# %% ../nbs/33_visemes.ipynb #a66b0e3f
+TRACKS = (
+    "jaw", "upper", "lower", "wide", "round", "press", "tuck", "tongue", "blink", "brow", "dx", "dy", "roll", "zoom")
 _SHAPES = ("jaw", "upper", "lower", "wide", "round", "tongue")  # blended by dominance; press and tuck are set on top
 
 def _shape(jaw: float, upper: float = 0, lower: float = 0, wide: float = 0, round: float = 0, tongue: float = 0,
@@ -37,14 +38,15 @@ _CONSONANTS = {
     "lɫɭɬɮ": _shape(.22, .20, .25, .05, 0, .90, .7, .2), "szɕʑ": _shape(.06, .35, .45, .25, 0, .40, 1.2, .3),
     "ʃʒʂʐ": _shape(.09, .35, .45, 0, .55, .30, 1.2, 1), "ɹrɾʁɻʀɽ": _shape(.18, .15, .25, 0, .40, .30, .8, .8),
     "wʍɥ": _shape(.10, .05, .10, 0, 1.0, hold=1.1, rounding=1.6), "jʝ": _shape(.18, .30, .30, .50, 0, .20, .6, .4),
-    "kgɡŋxɣcɟçqɢχɲʎ": _shape(.22, .15, .20, .10, 0, 0, .6, .15), "hɦʔħʕ": _shape(.30, .10, .15, 0, 0, 0, .15, .08),
+    "kgɡŋxɣcɟçqɢχɲʎ": _shape(.22, .15, .20, .10, 0, 0, .6, .15),
+    "hɦʔħʕ": _shape(.30, .10, .15, 0, 0, 0, .15, .08),
 }
 _REST = _shape(0)
 _SOUNDS = {s: o for group in (_VOWELS, _CONSONANTS) for k, o in group.items() for s in k}
 _LIPS_SHUT, _LIP_ON_TEETH = frozenset("pbmɓʙ"), frozenset("fvʋɱ")
 _VOWEL = frozenset("".join(_VOWELS))
 
-# %% ../nbs/33_visemes.ipynb #9a9a96c0
+# %% ../nbs/33_visemes.ipynb #9f8b2915
 @dataclass(frozen=True)
 class Sound:
     "One sound with its time; `symbol` is one IPA letter, or empty for silence."
@@ -73,8 +75,10 @@ def read_sounds(
             raise InputError(f"Phoneme {i} is {row!r:.120}.", fix)
         start, end = _number(row, "start_s", i), _number(row, "end_s", i)
         if end < start or start < before - 1e-3 or start < -1e-6:
-            raise InputError(f"Phoneme {i} ({row['phoneme']!r}) runs from {start} s to {end} s, after one that began at {before} s.", fix)
-        if start > (out[-1].end if out else 0) + 0.02 and since is None: out.append(Sound("", out[-1].end if out else 0, start))
+            after = f", after one that began at {before} s" if before > start else ""
+            raise InputError(f"Phoneme {i} ({row['phoneme']!r}) runs from {start} s to {end} s{after}.", fix)
+        last = out[-1].end if out else 0.0
+        if start > last + 0.02 and since is None: out.append(Sound("", last, start))
         before, text = start, row["phoneme"]
         if "ˈ" in text: stress = 1.12
         elif "ˌ" in text: stress = 1.0
@@ -85,8 +89,7 @@ def read_sounds(
             for c, a, b in zip(known, cut, cut[1:]):
                 out.append(Sound(c, float(a), float(b), stress if c in _VOWEL else 1.0))
                 if c in _VOWEL: stress = 0.85
-        elif text and all(c in "ːˑˈˌ̩̯̃ʲʰʷˠˤ̪͡" for c in text) and out and out[-1].symbol and "ː" in text:
-            out[-1] = Sound(out[-1].symbol, out[-1].start, end, out[-1].stress)
+        elif "ː" in text and out and out[-1].symbol: out[-1] = replace(out[-1], end=end)
         elif text and all(c in "ˈˌ" for c in text): since = start if since is None else since
         elif end > start: out.append(Sound("", start, end))
     if not any(s.symbol for s in out): raise InputError(f"There is no speech in these {len(rows)} phonemes.", fix)
@@ -100,7 +103,7 @@ def _stressed_by_length(sounds: list[Sound]) -> list[Sound]:
     def stress(s: Sound) -> float: return float(np.clip(0.65 + 0.35 * (s.end - s.start) / usual, 0.85, 1.15))
     return [replace(s, stress=stress(s)) if s.symbol in _VOWEL else s for s in sounds]
 
-# %% ../nbs/33_visemes.ipynb #32cd1444
+# %% ../nbs/33_visemes.ipynb #b5f75e77
 _RATE = 100  # values a second while blending
 
 def _blend(sounds: list[Sound], seconds: float) -> np.ndarray:
@@ -111,7 +114,7 @@ def _blend(sounds: list[Sound], seconds: float) -> np.ndarray:
     for s in sounds:
         target, hold = _SOUNDS[s.symbol] if s.symbol else _REST
         length = s.end - s.start
-        if not s.symbol: hold = hold * float(np.clip((length - 0.06) / 0.12, 0.02, 1.5))  # short gaps between words stay open
+        if not s.symbol: hold = hold * float(np.clip((length - 0.06) / 0.12, 0.02, 1.5))  # lips do not close between words
         scale = np.r_[s.stress, 1, 1, s.stress, 1, 1]
         hold = hold * float(np.clip(length / 0.07, 0.35, 1.4))
         a, b = max(0, math.floor((s.start - 0.4) * _RATE)), min(n, math.ceil((s.end + 0.4) * _RATE) + 1)
@@ -152,7 +155,7 @@ def _lips(sounds: list[Sound], seconds: float) -> dict[str, np.ndarray]:
     v["press"], v["tuck"] = np.clip((shut - 0.5) / 0.5, 0, 1), tuck
     return v
 
-# %% ../nbs/33_visemes.ipynb #596e9617
+# %% ../nbs/33_visemes.ipynb #02fdc1ec
 def _blinks(rng: np.random.Generator, frames: int, fps: float, pauses: list[float]) -> np.ndarray:
     "Eyelids, 0 open to 1 shut: quick down, slower up, every few seconds, rather in pauses than in words."
     out, t = np.zeros(frames), rng.uniform(0.7, 1.8)
@@ -172,7 +175,7 @@ def _drift(rng: np.random.Generator, frames: int, fps: float, seconds: float) ->
     t = np.arange(frames) / fps / seconds + 1
     i = t.astype(int)
     u = (t - i)[None]
-    w = np.concatenate([(1 - u) ** 3, 3 * u**3 - 6 * u**2 + 4, -3 * u**3 + 3 * u**2 + 3 * u + 1, u**3]) / 6  # cubic B-spline
+    w = np.concatenate([(1 - u) ** 3, 3 * u**3 - 6 * u**2 + 4, -3 * u**3 + 3 * u**2 + 3 * u + 1, u**3]) / 6  # B-spline
     return 1.5 * sum(w[k] * knots[i - 1 + k] for k in range(4))
 
 def _accents(sounds: list[Sound], frames: int, fps: float) -> np.ndarray:
@@ -197,7 +200,8 @@ class Track:
     @property
     def opening(self) -> np.ndarray:
         "How far the lips are apart, 0..1."
-        mm = 13 * self["jaw"] + 3.5 * self["upper"] + 4 * self["lower"] - 1.8 * self["press"] + 1.4 * self["tuck"] - 0.4 * self["round"]
+        mm = 13 * self["jaw"] + 3.5 * self["upper"] + 4 * self["lower"] - 1.8 * self["press"]
+        mm = mm + 1.7 * self["tuck"] + 0.3 * self["round"]
         return np.clip(mm / 14, 0, 1)
 
     def to_json(self) -> dict[str, Any]:
@@ -215,7 +219,7 @@ def mouth_track(
     "All movements of a talking face; raises `InputError` for unusable phonemes or numbers."
     if not 1 <= fps <= 120: raise InputError(f"fps={fps!r} is out of range.", "Use 1 to 120; 25 is usual.")
     if frames < 1: raise InputError(f"frames={frames!r}.", "At least one is needed.")
-    if not 0 <= motion <= 3: raise InputError(f"motion={motion!r} is out of range.", "Use 0 (still head) to 3; 1 is natural.")
+    if not 0 <= motion <= 3: raise InputError(f"motion={motion!r} is out of range.", "Use 0 (still) to 3; 1 is natural.")
     sounds, rng = read_sounds(phonemes), np.random.default_rng(seed)
     shapes = _lips(sounds, max(frames / fps + 0.1, sounds[-1].end))
     at = (np.arange(frames) + 0.5) / fps
@@ -223,7 +227,8 @@ def mouth_track(
     pauses = [(s.start + s.end) / 2 for s in sounds if not s.symbol and s.end - s.start > 0.12]
     v["blink"] = _blinks(rng, frames, fps, pauses)
     accent = _accents(sounds, frames, fps)
-    drift = {k: _drift(rng, frames, fps, s) for k, s in (("dx", 1.3), ("dy", 1.1), ("roll", 1.5), ("zoom", 1.9), ("brow", 1.2))}
+    periods = dict(dx=1.3, dy=1.1, roll=1.5, zoom=1.9, brow=1.2)
+    drift = {k: _drift(rng, frames, fps, s) for k, s in periods.items()}
     v["brow"] = motion * np.clip(0.25 * drift["brow"] + 0.45 * accent, -0.4, 1)
     v["dx"], v["dy"] = 1.0 * motion * drift["dx"], motion * (0.5 * drift["dy"] + 0.7 * accent)
     v["roll"], v["zoom"] = 0.75 * motion * drift["roll"], motion * (0.004 * drift["zoom"] + 0.002 * accent)

@@ -1,0 +1,364 @@
+"Notebooks in real kernels: what comes out, how they fail, how they are stopped, and that nothing is left over."
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nbformat
+import papermill
+import psutil
+import pytest
+from nbclient.exceptions import DeadKernelError
+
+from myspinbot.core import (
+    Cancelled,
+    GateFailed,
+    InputError,
+    KernelDied,
+    NotFound,
+    ServiceUnavailable,
+    StepFailed,
+    StepTimeout,
+)
+from myspinbot.engine import RunRecord, run_notebook, save_notebook
+from myspinbot.kernels import KernelPool
+
+NOTEBOOKS = Path(__file__).parent / "notebooks"
+IN_MEMORY = {"start_time", "end_time", "duration", "input_path", "output_path", "version"}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[KernelPool]:
+    with KernelPool(spare=1) as p: yield p
+
+
+@pytest.fixture
+def run(pool: KernelPool, tmp_path: Path) -> Callable[..., RunRecord]:
+    "Run a fixture notebook in the shared pool, in a folder of its own."
+    def go(name: str, parameters: dict | None = None, **kw) -> RunRecord:
+        folder = tmp_path / "work"
+        folder.mkdir(exist_ok=True)
+        kw = dict(pool=pool, cwd=folder, grace_s=0.4) | kw
+        return run_notebook(NOTEBOOKS / f"{name}.ipynb", tmp_path / f"{name}.out.ipynb", parameters, **kw)
+    return go
+
+
+def cells(r: RunRecord) -> list[nbformat.NotebookNode]:
+    return [c for c in nbformat.read(r.notebook, 4).cells if c.cell_type == "code"]
+
+
+def printed(r: RunRecord) -> str:
+    return "".join(o.text for c in cells(r) for o in c.outputs if o.output_type == "stream")
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "did not come about in time"
+        time.sleep(0.01)
+
+
+# What comes out
+
+def test_executed_notebook_reads_like_papermills_own(run, tmp_path: Path):
+    ours = nbformat.read(run("ok_three_cells", dict(n=4)).notebook, 4)
+    path = str(NOTEBOOKS / "ok_three_cells.ipynb")
+    theirs = papermill.execute_notebook(path, str(tmp_path / "theirs.ipynb"), dict(n=4), progress_bar=False)
+    nbformat.validate(ours)
+    assert [(c.cell_type, c.source) for c in ours.cells] == [(c.cell_type, c.source) for c in theirs.cells]
+    for a, b in zip(ours.cells, theirs.cells, strict=True):
+        assert a.metadata.tags == b.metadata.tags
+        assert set(a.metadata.papermill) == set(b.metadata.papermill)
+        assert {k: v for k, v in a.metadata.papermill.items() if k not in IN_MEMORY} == \
+               {k: v for k, v in b.metadata.papermill.items() if k not in IN_MEMORY}
+        if a.cell_type == "code": assert (a.outputs, a.execution_count) == (b.outputs, b.execution_count)
+    assert set(theirs.metadata.papermill) <= set(ours.metadata.papermill)
+    assert ours.metadata.papermill.parameters == {"n": 4}
+    assert ours.metadata.language_info == theirs.metadata.language_info
+
+
+def test_progress_line_keeps_its_last_state_and_an_updated_display_its_newest(run):
+    first, second = cells(run("overwrites_its_line"))[-2:]
+    assert [o.text for o in first.outputs] == ["step 99\n"]
+    assert second.outputs[0].data["text/plain"] == "'new'"
+
+
+def test_thousands_of_displays_all_arrive(run):
+    outputs = cells(run("displays_a_lot", dict(count=3000)))[-1].outputs
+    assert [o.data["text/plain"] for o in outputs[:-1]] == [f"{{'i': {i}}}" for i in range(3000)]
+
+
+def test_endless_output_is_cut_off_with_a_note_and_the_run_goes_on(run):
+    r = run("prints_a_lot", dict(mb=8), max_mb=2)
+    assert r.ok
+    assert 1_900_000 < r.notebook.stat().st_size < 3_000_000
+    assert "more than 2 MB of output" in printed(r)
+
+
+def test_outputs_are_streamed_while_the_notebook_runs(run):
+    seen: list[str] = []
+    def on_output(index: int, message: dict) -> None: seen.append(message["content"].get("text", ""))
+    r = run("sleeps_forever", on_output=on_output, should_stop=lambda: "seen" if "before\n" in seen else None)
+    assert isinstance(r.error, Cancelled)
+
+
+@pytest.mark.parametrize("value", ["a 'quoted' \"text\"\n\\ {x} \0", "مرحبا 🎬", "'''); __import__('os').abort()",
+                                   [1, [2.5, None]], {"a": {"b": True}}, 10**20])
+def test_parameters_arrive_as_they_were(run, value):
+    r = run("prints_its_parameter", dict(n=value))
+    assert json.loads(printed(r)) == value
+
+
+# Failures
+
+def test_exception_in_a_cell(run):
+    r = run("raises", dict(n=3))
+    assert (type(r.error), r.error.retryable) == (StepFailed, False)
+    assert r.error.fields["ename"] == "ZeroDivisionError" and "n / 0" in r.error.fields["traceback"]
+    assert [c["status"] for c in r.cells] == ["completed", "completed", "failed"]
+    nb = nbformat.read(r.notebook, 4)
+    nbformat.validate(nb)
+    assert "An Exception was encountered" in nb.cells[0].source
+    assert nb.cells[-1].metadata.papermill.status == "pending" and nb.metadata.papermill.exception is True
+
+
+def test_our_own_error_comes_back_as_itself(run):
+    r = run("raises_gate", dict(limit=0.7))
+    assert type(r.error) is GateFailed
+    assert (r.error.message, r.error.hint) == ("Score 0.31 is below 0.7.", "Use a sharper portrait.")
+    assert r.error.fields["score"] == 0.31
+
+
+def test_segfault_keeps_what_was_printed_and_says_where(run):
+    r = run("poison_segfault")
+    assert type(r.error) is KernelDied and r.error.retryable and "SIGSEGV" in str(r.error)
+    assert "Segmentation fault" in r.error.fields["log"]
+    last = cells(r)[-1]
+    assert last.metadata.papermill.status == "failed" and last.outputs[-1].ename == "KernelDied"
+    assert printed(r) == "before\n"
+
+
+def test_kernel_that_kills_itself(run):
+    assert "SIGKILL" in str(run("kills_itself").error)
+
+
+@pytest.mark.parametrize("name, ename", [("sys_exit", "SystemExit"), ("asks_input", "StdinNotImplementedError")])
+def test_leaving_early_and_asking_a_person_are_failures(run, name: str, ename: str):
+    r = run(name)
+    assert r.error.fields["ename"] == ename
+    assert "never" not in printed(r)
+
+
+def test_notebook_that_breaks_its_kernel_does_not_hang_the_worker(run):
+    r = run("breaks_its_kernel")
+    assert type(r.error) is KernelDied and "broke its kernel" in r.error.message
+
+
+def test_run_whose_folder_is_gone_ends_well_and_so_does_the_next(run):
+    assert run("removes_its_folder").ok
+    assert run("ok_three_cells").ok
+
+
+def test_missing_and_broken_notebooks_are_named(pool: KernelPool, tmp_path: Path):
+    with pytest.raises(NotFound, match="No notebook"): run_notebook(tmp_path / "none.ipynb", None, pool=pool)
+    for text in ("", "not json", "[]", '{"cells": 3}'):
+        (tmp_path / "broken.ipynb").write_text(text)
+        with pytest.raises(InputError, match="Not a notebook"): run_notebook(tmp_path / "broken.ipynb", None, pool=pool)
+
+
+def test_notebook_of_an_unknown_kernel(pool: KernelPool, tmp_path: Path):
+    nb = nbformat.read(NOTEBOOKS / "ok_three_cells.ipynb", 4)
+    nb.metadata.kernelspec.name = "fortran"
+    nbformat.write(nb, tmp_path / "fortran.ipynb")
+    with pytest.raises(NotFound, match="fortran"): run_notebook(tmp_path / "fortran.ipynb", None, pool=pool)
+    assert pool.acquire("after", timeout_s=5).alive(), "the failed start took no place in the pool"
+
+
+# Stopping
+
+@pytest.mark.parametrize("name, exit_code", [
+    ("sleeps_forever", -signal.SIGKILL), ("swallows_interrupt", -signal.SIGKILL),
+    ("c_loop_ignores_sigint", -signal.SIGTERM), ("ignores_every_signal", -signal.SIGKILL)])
+def test_timeout_climbs_the_ladder(pool: KernelPool, run, name: str, exit_code: int):
+    r = run(name, timeout_s=0.3)
+    assert type(r.error) is StepTimeout and r.error.fields["timeout_s"] == 0.3
+    texts = dict(sleeps_forever="before\n", c_loop_ignores_sigint="before\n", swallows_interrupt="swallowed\n")
+    assert printed(r) == texts.get(name, "")
+    wait_until(lambda: r.kernel["pid"] in pool._launcher.exits)
+    assert pool._launcher.exits[r.kernel["pid"]] == exit_code
+
+
+def test_interrupted_notebook_keeps_the_traceback_of_where_it_was(run):
+    outputs = cells(run("sleeps_forever", timeout_s=0.3, grace_s=30))[-1].outputs
+    assert outputs[-1].ename == "KeyboardInterrupt"
+    assert "time.sleep(3600)" in re.sub(r"\x1b\[[0-9;]*m", "", "".join(outputs[-1].traceback))
+
+
+def test_stopped_run_tells_the_reason(run):
+    began = time.monotonic()
+    r = run("sleeps_forever", should_stop=lambda: "cancelled" if time.monotonic() - began > 0.2 else None)
+    assert type(r.error) is Cancelled and r.error.fields["reason"] == "cancelled"
+
+
+def test_processes_of_a_run_end_with_it(run, pool: KernelPool):
+    r = run("starts_a_child")
+    assert r.ok
+    child = int(printed(r))
+    wait_until(lambda: not psutil.pid_exists(child))
+    wait_until(lambda: not psutil.pid_exists(r.kernel["pid"]))
+
+
+# Warm kernels
+
+def test_warm_kernel_shows_nothing_of_the_run_before(pool: KernelPool, run):
+    fresh = printed(run("shows_its_state", family="clean", kernel="fresh"))
+    first = run("shows_its_state", family="leak")
+    assert printed(first) == fresh
+    assert run("changes_everything", family="leak").ok
+    again = run("shows_its_state", family="leak")
+    assert again.kernel["id"] == first.kernel["id"] and again.kernel["runs"] == 3
+    assert printed(again) == fresh
+
+
+def test_many_runs_of_one_kernel_stay_equal_and_its_memory_flat(pool: KernelPool, run):
+    sizes = []
+    for i in range(80):
+        r = run("ok_three_cells", dict(n=i), family="long")
+        assert r.ok and printed(r) == f"n is {i + 1}\n"
+        if i in (20, 79): sizes.append(psutil.Process(r.kernel["pid"]).memory_info().rss)
+    assert r.kernel["runs"] == 80
+    assert sizes[1] < sizes[0] * 1.1
+
+
+def test_kernel_is_replaced_after_an_error(run):
+    first, second = run("raises", family="err"), run("ok_three_cells", family="err")
+    assert first.kernel["id"] != second.kernel["id"]
+
+
+def test_fresh_kernel_was_never_used_and_is_another_than_the_warm_one(run):
+    warm, fresh = run("ok_three_cells", family="f"), run("ok_three_cells", family="f", kernel="fresh")
+    assert fresh.kernel["runs"] == 1 and fresh.kernel["id"] != warm.kernel["id"]
+
+
+@pytest.mark.parametrize("limit", [dict(max_runs=1), dict(max_mb=1)])
+def test_kernel_past_its_mark_is_replaced(tmp_path: Path, limit: dict):
+    with KernelPool(spare=0, **limit) as pool:
+        ids = set()
+        for _ in range(2):
+            k = pool.acquire("a")
+            ids.add(k.id)
+            pool.release(k)
+            wait_until(lambda k=k: not psutil.pid_exists(k.pid))
+        assert len(ids) == 2
+
+
+def test_kernel_with_yesterdays_code_is_replaced():
+    with KernelPool(spare=0) as pool:
+        k = pool.acquire("a")
+        k.sources, k.started_ns = [__file__], 0  # as if a module it imported had been saved since
+        pool.release(k)
+        assert pool.acquire("a").id != k.id
+
+
+def test_threads_get_kernels_of_their_own_and_the_pool_stays_within_its_bound():
+    with KernelPool(max_kernels=2, spare=0) as pool:
+        a, b = pool.acquire("a"), pool.acquire("b")
+        assert a.id != b.id
+        with pytest.raises(ServiceUnavailable, match="All 2 kernels are in use"): pool.acquire("c", timeout_s=0.2)
+        threading.Timer(0.2, pool.release, [a]).start()
+        c = pool.acquire("c", timeout_s=10)
+        assert c.family == "c" and not a.alive(), "the idle kernel of another family made room"
+
+
+def test_dead_idle_kernel_is_not_handed_out():
+    with KernelPool(spare=0) as pool:
+        k = pool.acquire("a")
+        pool.release(k)
+        wait_until(lambda: "idle=1" in repr(pool))
+        os.kill(k.pid, signal.SIGKILL)
+        wait_until(lambda: not k.alive())
+        assert pool.acquire("a").id != k.id
+
+
+def test_spare_is_started_when_nothing_runs():
+    with KernelPool(spare=1) as pool:
+        k = pool.acquire("a")
+        assert "spare=0" in repr(pool)
+        pool.release(k)
+        wait_until(lambda: "spare=1" in repr(pool))
+
+
+# Nothing is left over
+
+def test_killed_owner_leaves_no_kernel_and_no_file():
+    code = ("import time; from myspinbot.kernels import KernelPool; p = KernelPool(spare=0); k = p.acquire('a');"
+            "k.send('import time, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)');"
+            "print(k.pid, p._launcher._process.pid, k.launcher.folder, flush=True); time.sleep(600)")
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    kernel, launcher, folder = owner.stdout.readline().split()
+    owner.kill()
+    owner.wait()
+    wait_until(lambda: not psutil.pid_exists(int(kernel)) and not psutil.pid_exists(int(launcher)))
+    wait_until(lambda: not Path(folder).exists())
+
+
+def test_killed_launcher_takes_its_kernels_along_and_is_replaced(run, pool: KernelPool):
+    r = run("ok_three_cells", family="l")
+    pool._launcher._process.kill()
+    wait_until(lambda: not psutil.pid_exists(r.kernel["pid"]) or psutil.Process(r.kernel["pid"]).status() == "zombie")
+    again = run("ok_three_cells", family="l")
+    assert again.ok and again.kernel["runs"] == 1
+
+
+def test_closed_pool_leaves_nothing():
+    before = set(Path(tempfile.gettempdir()).glob("spink*"))
+    pool = KernelPool(spare=1)
+    kernels = [pool.acquire("a"), pool.acquire("b")]
+    pool.release(kernels[0])
+    pool.close()
+    assert not any(psutil.pid_exists(k.pid) for k in kernels)
+    assert set(Path(tempfile.gettempdir()).glob("spink*")) <= before
+    with pytest.raises(ServiceUnavailable, match="closed"): pool.acquire("a")
+
+
+def test_notebook_that_cannot_be_written_leaves_the_old_one_whole(tmp_path: Path):
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("old")])
+    save_notebook(nb, tmp_path / "a.ipynb")
+    nb.metadata["not json"] = object()
+    with pytest.raises(TypeError): save_notebook(nb, tmp_path / "a.ipynb")
+    assert nbformat.read(tmp_path / "a.ipynb", 4).cells[0].source == "old"
+    assert [o.name for o in tmp_path.iterdir()] == ["a.ipynb"]
+
+
+# papermill --engine spin
+
+def test_papermill_command_with_our_engine(tmp_path: Path):
+    out = tmp_path / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", "--engine", "spin", str(NOTEBOOKS / "ok_three_cells.ipynb"), str(out)]
+    subprocess.run([*command, "-p", "n", "5"], check=True, capture_output=True)
+    nb = nbformat.read(out, 4)
+    assert nb.cells[-1].outputs[-1].data["text/plain"] == "6"
+    assert {c.metadata.papermill.status for c in nb.cells} == {"completed"}
+
+
+def test_papermill_reports_our_engines_failures_as_its_own(tmp_path: Path):
+    def execute(name: str, **kw) -> None:
+        papermill.execute_notebook(str(NOTEBOOKS / f"{name}.ipynb"), str(tmp_path / "o.ipynb"), engine_name="spin",
+                                   progress_bar=False, **kw)
+    with pytest.raises(papermill.PapermillExecutionError, match="ZeroDivisionError"): execute("raises")
+    with pytest.raises(DeadKernelError, match="SIGKILL"): execute("kills_itself")
+    assert nbformat.read(tmp_path / "o.ipynb", 4).metadata.papermill.exception is True
+    with open(tmp_path / "stdout.txt", "w") as f: execute("overwrites_its_line", stdout_file=f)
+    assert (tmp_path / "stdout.txt").read_text().endswith("step 99\n")
+
+
+def test_result_is_what_happened_in_the_json_of_the_notebook(run):
+    nb = json.loads(run("kills_itself").notebook.read_text())
+    assert nb["metadata"]["spin"]["error"]["type"] == "KernelDied"

@@ -218,7 +218,7 @@ def status(as_json: Json = False) -> None:
         ok = h.pop("ok")
         out.print(f"{name:<12} {'[green]ok[/]' if ok else '[red]down[/]'} {escape(json.dumps(h, default=str))}")
 
-# %% ../nbs/60_cli.ipynb #1dc5e610
+# %% ../nbs/60_cli.ipynb #1ae826fd
 def checks() -> Iterator[tuple[str, bool, str, str]]:
     "What MySpinBot needs: name, is it there, what was found, the command that mends it."
     import importlib.util
@@ -245,7 +245,8 @@ def checks() -> Iterator[tuple[str, bool, str, str]]:
     yield "memory", ram > 1.5, f"{ram:.1f} GB available", "Close something: a talking portrait needs about 1.5 GB."
     steps = catalogue().steps()
     found = f"{len(steps)} steps, {len(catalogue().pipelines())} pipelines"
-    yield "catalogue", any(s.kind == "notebook" for s in steps.values()), found, "Set SPIN_PIPELINES_DIR to the folder with the pipelines."
+    there = any(s.kind == "notebook" for s in steps.values())
+    yield "catalogue", there, found, "Set SPIN_PIPELINES_DIR to the folder with the pipelines."
     yield "language model", True, settings().llm_base_url or "not set: give a text, not a topic (SPIN_LLM_BASE_URL)", ""
 
 @app.command(rich_help_panel="Services")
@@ -259,7 +260,7 @@ def doctor(as_json: Json = False) -> None:
             if not ok: out.print(f"        [b]{escape(mend)}[/]")
     if not all(ok for _, ok, _, _ in rows): raise typer.Exit(1)
 
-# %% ../nbs/60_cli.ipynb #13d39635
+# %% ../nbs/60_cli.ipynb #da8441b6
 def watch_job(c: Any, id: str, quiet: bool = False) -> Any:
     "Follow a job with one progress bar per step; returns the ended job."
     if quiet: return c.wait(id)
@@ -298,7 +299,7 @@ def report(c: Any, id: str, started: float, as_json: bool) -> None:
             seconds=round(time.monotonic() - started, 3), steps=steps, error=run.job.error))
     else:
         took = time.monotonic() - started
-        err.print(f"{status_text(run.job.status)} in {took:.1f} s; executed notebooks and files: {folder}", soft_wrap=True)
+        err.print(f"{status_text(run.job.status)} in {took:.1f} s; notebooks and files: {folder}", soft_wrap=True)
         for k, p in files.items(): out.print(f"{k}: {p}", soft_wrap=True)
         if run.error: print_error(run.error)
     if run.job.status != "succeeded": raise typer.Exit(1)
@@ -439,7 +440,7 @@ def approve(job: JobId, step: str, decline: Annotated[bool, typer.Option(help="S
     "Answer a step that waits for a person."
     with client() as c: c.approve(full_id(c, job), step, not decline, comment)
 
-# %% ../nbs/60_cli.ipynb #7b1d5a05
+# %% ../nbs/60_cli.ipynb #2782bd59
 @app.command(rich_help_panel="Catalogue")
 def pipelines(as_json: Json = False) -> None:
     "The pipelines and their parameters."
@@ -471,6 +472,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     "Make a talking portrait; services that are not up are started for it and stopped after it."
+    from myspinbot.samples import sample_text
     from myspinbot.services import Stack, up_state
     t, cfg = time.monotonic(), settings()
     stack = None if up_state(cfg.home) is not None or (cfg.redis_url and cfg.postgres_url) else Stack(dashboards=False)
@@ -482,7 +484,7 @@ def demo(
             threading.Thread(target=stack.watch, args=(stop,), daemon=True).start()
             stack.wait_ready()
         with client() as c:
-            given = {k: v for k, v in dict(portrait=str(portrait) if portrait else "", text=text).items() if v}
+            given = dict(text=text or sample_text(), **(dict(portrait=str(portrait)) if portrait else {}))
             job = c.submit("talking_portrait", given)
             watch_job(c, job.id, quiet=as_json)
             report(c, job.id, t, as_json)

@@ -205,7 +205,7 @@ async def approval(self: Conductor, job: Job, row: StepRow, prompt: str, show: A
     await self.db(self.journal.set_waiting, job.id, job.epoch, False)
     return bool(answer["approved"])
 
-# %% ../nbs/26_conductor.ipynb #45a22742
+# %% ../nbs/26_conductor.ipynb #37e5262f
 @patch
 def reconcile(self: Conductor) -> int:  # rows published again
     "One look over the journal; any number of conductors may do it at once."
@@ -223,9 +223,9 @@ def reconcile(self: Conductor) -> int:  # rows published again
         log.warning("entries vanished from Redis, publishing them again", count=len(lost))
         self.journal.unpublish(lost)
     rows = self.journal.unpublished(older_s=1.0, limit=2000)
-    sent = [(r.job, r.key, self.bridge.publish(r.queue, r.priority, StepMessage(job=r.job, key=r.key))) for r in rows]
-    if sent: self.journal.mark_published(sent)
-    return len(sent)
+    ids = self.bridge.publish_many([(r.queue, r.priority, StepMessage(job=r.job, key=r.key)) for r in rows])
+    if rows: self.journal.mark_published([(r.job, r.key, id) for r, id in zip(rows, ids, strict=True)])
+    return len(rows)
 
 # %% ../nbs/26_conductor.ipynb #e4484129
 @patch

@@ -177,7 +177,7 @@ def _mtime_ns(path: str | Path) -> int:
     try: return os.stat(path).st_mtime_ns
     except FileNotFoundError: return 0
 
-# %% ../nbs/21_kernels.ipynb #02f15303
+# %% ../nbs/21_kernels.ipynb #040c0e73
 _PORTS = dict(shell_port=1, iopub_port=2, stdin_port=3, control_port=4, hb_port=5)
 
 class Kernel:
@@ -219,7 +219,9 @@ class Kernel:
         code = self.launcher.exits.get(self.pid)
         how = "without a trace" if code is None else f"with exit code {code}"
         if code is not None and code < 0: how = f"by {signal.Signals(-code).name}"
-        said = self.log.read_text(errors="replace")[-2000:].strip() if self.log.exists() else ""
+        said = self.log.read_text(errors="replace") if self.log.exists() else ""
+        fatal = said.find("Fatal Python error")
+        said = (said[fatal:fatal + 2000] if fatal >= 0 else said[-2000:]).strip()
         hints = {-9: "Often memory: lower the size, or give it more.", 0: "A step must not end its own kernel."}
         return KernelDied(f"The kernel ended {how}.", hints.get(code, ""), exit_code=code, log=said)
 

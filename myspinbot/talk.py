@@ -24,7 +24,7 @@ from .visemes import Track, mouth_track
 
 _all_ = ["Rig", "Track", "mouth_track"]
 
-# %% ../nbs/33_talk.ipynb #62337925
+# %% ../nbs/33_talk.ipynb #a2591f84
 def load_phonemes(
     path: str | Path,  # JSON, as `speech.piper` writes it
 ) -> dict[str, Any]:
@@ -45,7 +45,8 @@ def load_rig(
 ) -> Rig:
     "A rig from files; raises `InputError` for what does not fit together."
     import cv2
-    if size % 2 or not 128 <= size <= 1024: raise InputError(f"size={size!r} is not possible.", "Use an even number, 128 to 1024.")
+    if size % 2 or not 128 <= size <= 1024:
+        raise InputError(f"size={size!r} is not possible.", "Use an even number, 128 to 1024.")
     image, marks = load_picture(portrait), load_landmarks(landmarks)
     key = hash_bytes(image.tobytes() + repr((image.shape, marks.size, marks.points, size)).encode())
     if key in _rigs: return _rigs[key]
@@ -102,7 +103,7 @@ def wav_blocks(
             a = np.frombuffer(data, "<i2").reshape(-1, f.getnchannels())
             yield np.ascontiguousarray(a.astype(np.int32).mean(1).astype(np.int16)[None]), f.getframerate()
 
-# %% ../nbs/33_talk.ipynb #c670ce20
+# %% ../nbs/33_talk.ipynb #00459175
 class VideoWriter:
     "H.264 and AAC into an MP4 that starts playing before it is loaded whole; a context manager."
     def __init__(self,
@@ -113,11 +114,13 @@ class VideoWriter:
         quality: int = 18,  # x264's CRF: lower is better and larger
     ):
         try: import av
-        except ImportError as e: raise ConfigError("The package av is not installed.", "pip install 'myspinbot[media]'") from e
+        except ImportError as e:
+            raise ConfigError("The package av is not installed.", "pip install 'myspinbot[media]'") from e
         from fractions import Fraction
         self._av, self._tick, self.frames, self.samples = av, Fraction(1, fps), 0, 0
         self.file = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
-        self.video = self.file.add_stream("libx264", rate=fps, options={"crf": str(quality), "preset": "veryfast", "tune": "film"})
+        options = dict(crf=str(quality), preset="veryfast", tune="film")
+        self.video = self.file.add_stream("libx264", rate=fps, options=options)
         self.video.width = self.video.height = size
         self.video.pix_fmt, self.video.time_base = "yuv420p", self._tick
         self.audio = self.file.add_stream("aac", rate=rate, layout="mono")
@@ -145,7 +148,7 @@ class VideoWriter:
                 for stream in (self.video, self.audio): self.file.mux(stream.encode(None))
         finally: self.file.close()
 
-# %% ../nbs/33_talk.ipynb #9c50bd5b
+# %% ../nbs/33_talk.ipynb #49406937
 class TalkReport(Wire):
     "What was rendered."
     frames: int
@@ -164,7 +167,7 @@ def render(
     audio_path: str | Path,  # WAV, 16 bit
     out_path: str | Path,    # MP4, written beside and moved into place at the end
     fps: int = 25,
-    on_progress: Callable[[float, np.ndarray], None] | None = None,  # called once a second of video with 0..1 and a frame
+    on_progress: Callable[[float, np.ndarray], None] | None = None,  # each second of video: 0..1, a frame
 ) -> TalkReport:
     "Render the talking portrait; raises `InputError` if track and sound differ in length."
     seconds = sound_seconds(audio_path)
@@ -172,7 +175,8 @@ def render(
     if track.fps != fps or len(track) != n:
         raise InputError(f"The track has {len(track)} frames at {track.fps} a second, the sound needs {n} at {fps}.",
                          f"Make it with mouth_track(phonemes, {fps}, {n}).")
-    if rig.size % 2: raise InputError(f"The portrait is {rig.size}x{rig.size}; H.264 needs an even size.", "Prepare it again.")
+    if rig.size % 2:
+        raise InputError(f"The portrait is {rig.size}x{rig.size}; H.264 needs an even size.", "Prepare it again.")
     blocks = wav_blocks(audio_path)
     first, rate = next(blocks)
     part = out.with_name(f".{out.name}.part")
@@ -189,7 +193,7 @@ def render(
     finally: part.unlink(missing_ok=True)
     return TalkReport(frames=n, fps=fps, size=rig.size, seconds=n / fps, sound_seconds=seconds)
 
-# %% ../nbs/33_talk.ipynb #92e5f4a3
+# %% ../nbs/33_talk.ipynb #f1dd2152
 def key_frames(
     track: Track,
 ) -> dict[str, int]:  # what is seen -> frame
@@ -213,7 +217,8 @@ def frame_strip(
     x0, y0 = np.clip(middle - half, 0, rig.size - 2)
     for name, i in key_frames(track).items():
         picture = rig.frame(track.controls(i))[y0:y0 + 2 * half, x0:x0 + 2 * half]
-        tile = cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA if picture.shape[0] > side else cv2.INTER_CUBIC)
+        form = cv2.INTER_AREA if picture.shape[0] > side else cv2.INTER_CUBIC
+        tile = cv2.resize(picture, (side, side), interpolation=form)
         cv2.putText(tile, name, (8, side - 9), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 3, cv2.LINE_AA)
         cv2.putText(tile, name, (8, side - 9), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 1, cv2.LINE_AA)
         out.append(tile)

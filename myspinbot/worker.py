@@ -28,7 +28,7 @@ from .schema import Event, StepMessage, StepRow
 
 log = structlog.get_logger("myspinbot.worker")
 
-# %% ../nbs/24_worker.ipynb #a729ba18
+# %% ../nbs/24_worker.ipynb #4af54cf9
 @dataclass
 class Running:
     "A step in a slot."
@@ -54,7 +54,7 @@ class Worker:
         self.executor = Executor(store, catalogue, self.pool, self.cfg.home / "scratch" / name.replace(":", "-"))
         self.running: dict[tuple[str, str], Running] = {}
         self.changed = threading.Condition()  # guards `running`
-        self.busy = 0                         # slots in use
+        self.entries: list[Entry] = []        # one for each slot in use
 
     def tell(self, job: str, kind: str, key: str, **body: Any) -> None:
         "A live event; decoration, so a Redis that is away is no error."
@@ -176,13 +176,14 @@ def listen_cancel(self: Worker, stop: threading.Event) -> None:
                 stop=stop)
             if (what := state.get((o.row.job, o.row.key), "lost")) != "ok": o.stop = what
 
-# %% ../nbs/24_worker.ipynb #4c94272a
+# %% ../nbs/24_worker.ipynb #d8268689
 @patch
 def take(self: Worker, count: int) -> list[Entry]:
     "Up to `count` entries; blocks for at most a second."
     if time.monotonic() >= self.next_reclaim:
         self.next_reclaim = time.monotonic() + self.cfg.lease_s / 2
-        if old := self.bridge.reclaim(self.cfg.queues, self.name, int(self.cfg.lease_s * 1000), count): return old
+        old = self.bridge.reclaim(self.cfg.queues, self.name, int(self.cfg.lease_s * 1000), count)
+        if old := self.not_running(old): return old
     return self.bridge.read(self.cfg.queues, self.name, count, 1000)
 
 @patch
@@ -193,17 +194,18 @@ def run(self: Worker, stop: threading.Event) -> None:
         self.listen_cancel)]
     for t in side: t.start()
     slots = ThreadPoolExecutor(self.cfg.slots, thread_name_prefix="slot")
-    waiting = self.first_entries(stop)
+    waiting = self.pending(stop)
     log.info("worker ready", name=self.name, queues=self.cfg.queues, slots=self.cfg.slots)
     try:
         while not stop.is_set():
             with self.changed:
-                if not self.changed.wait_for(lambda: self.busy < self.cfg.slots, timeout=0.5): continue
-                free = self.cfg.slots - self.busy
+                if not self.changed.wait_for(lambda: len(self.entries) < self.cfg.slots, timeout=0.5): continue
+                free = self.cfg.slots - len(self.entries)
             try: entries, waiting = (waiting or self.take(free)), []
             except ServiceUnavailable as e:
                 log.warning("Redis does not answer", error=str(e))
                 stop.wait(1.0)
+                waiting = self.pending(stop)  # a reply may have been lost with its connection
                 continue
             entries, waiting = entries[:free], entries[free:]
             for e in entries: self.start(slots, e)
@@ -215,33 +217,41 @@ def run(self: Worker, stop: threading.Event) -> None:
         self.pool.close()
 
 @patch
-def first_entries(self: Worker, stop: threading.Event) -> list[Entry]:
-    "What this worker's earlier life left pending."
+def pending(self: Worker, stop: threading.Event) -> list[Entry]:
+    "What Redis thinks this worker holds and it does not run: left by an earlier life, or by a lost reply."
     while not stop.is_set():
-        try: return self.bridge.own_pending(self.cfg.queues, self.name)
+        try: return self.not_running(self.bridge.own_pending(self.cfg.queues, self.name))
         except ServiceUnavailable as e:
             log.warning("Redis does not answer", error=str(e))
             stop.wait(1.0)
     return []
 
 @patch
+def not_running(self: Worker, entries: list[Entry]) -> list[Entry]:
+    "Without those in a slot."
+    with self.changed: held = {(o.stream, o.id) for o in self.entries}
+    return [e for e in entries if (e.stream, e.id) not in held]
+
+@patch
 def start(self: Worker, slots: ThreadPoolExecutor, entry: Entry) -> None:
     "Handle an entry in a slot."
-    with self.changed: self.busy += 1
+    with self.changed: self.entries.append(entry)
     def run() -> None:
         try: self.handle(entry)
         except Exception as e: log.error("slot raised; the lease will run out and the step be taken over", exc_info=e)
         finally:
             with self.changed:
-                self.busy -= 1
+                self.entries.remove(entry)
                 self.changed.notify_all()
     slots.submit(run)
 
 @patch
 def drain(self: Worker, unread: list[Entry]) -> None:
     "Hand back what was not started; let the rest finish for a while, then stop and hand it back."
-    for e in unread: self.bridge.hand_back(e)
-    log.info("draining", running=self.busy)
+    try:
+        for e in unread: self.bridge.hand_back(e)
+    except ServiceUnavailable as e: log.warning("entries not handed back; they are reclaimed after a lease", error=str(e))
+    log.info("draining", running=len(self.entries))
     with self.changed:
-        if not self.changed.wait_for(lambda: self.busy == 0, timeout=self.drain_s):
+        if not self.changed.wait_for(lambda: not self.entries, timeout=self.drain_s):
             for o in self.running.values(): o.stop = o.stop or "draining"

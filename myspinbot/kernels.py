@@ -16,13 +16,14 @@ from fastcore.basics import patch
 
 from .core import KernelDied, NotFound, ServiceUnavailable, SpinError
 
-# %% ../nbs/21_kernels.ipynb #ab50782b
+# %% ../nbs/21_kernels.ipynb #baa1fdf4
 def serve(
     fd: int,      # socket to the owner: requests in, replies and exits out, one JSON document a line
     folder: str,  # for connection files; removed at the end
 ) -> None:
     "Main function of the launcher process."
     _preload()
+    _send_at_once()
     owner, kernels, buffer = socket.socket(fileno=fd), set(), b""
     wake, woken = socket.socketpair()
     woken.setblocking(False)
@@ -59,6 +60,14 @@ def _preload() -> None:
     for o in ("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "IPython.core.completerlib", "pstats",
               "IPython.core.debugger", "IPython.core.oinspect", "IPython.extensions.storemagic", "pdb", "faulthandler",
               "tornado.platform.asyncio", "myspinbot.step"): import_module(o)
+
+def _send_at_once() -> None:
+    "Let ipykernel's flush return after the send and not before: else what a cell prints before it crashes is lost."
+    from ipykernel.iostream import IOPubThread
+    scheduled = IOPubThread.send_multipart
+    def send(self: IOPubThread, *args: Any, **kw: Any) -> None:
+        (self._really_send if threading.current_thread() is self.thread else scheduled.__get__(self))(*args, **kw)
+    IOPubThread.send_multipart = send
 
 def _kill_group(pid: int, sig: int = signal.SIGKILL) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(pid, sig)

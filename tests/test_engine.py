@@ -176,13 +176,14 @@ def test_notebook_of_an_unknown_kernel(pool: KernelPool, tmp_path: Path):
 
 # Stopping
 
-@pytest.mark.parametrize("name, exit_code", [
-    ("sleeps_forever", -signal.SIGKILL), ("swallows_interrupt", -signal.SIGKILL),
-    ("c_loop_ignores_sigint", -signal.SIGTERM), ("ignores_every_signal", -signal.SIGKILL)])
-def test_stop_climbs_the_ladder(pool: KernelPool, run, name: str, exit_code: int):
+@pytest.mark.parametrize("name, grace_s, exit_code", [
+    ("sleeps_forever", 30, -signal.SIGKILL), ("swallows_interrupt", 30, -signal.SIGKILL),  # interrupted, then not used again
+    ("c_loop_ignores_sigint", 0.3, -signal.SIGTERM), ("ignores_every_signal", 0.3, -signal.SIGKILL)])
+def test_stop_climbs_the_ladder(pool: KernelPool, run, name: str, grace_s: float, exit_code: int):
     seen: list[str] = []
     def on_output(index: int, message: dict) -> None: seen.append(message["content"].get("text", ""))
-    r = run(name, on_output=on_output, should_stop=lambda: "cancelled" if "before\n" in seen else None)
+    def should_stop() -> str | None: return "cancelled" if "before" in "".join(seen) else None
+    r = run(name, on_output=on_output, should_stop=should_stop, grace_s=grace_s)
     assert type(r.error) is Cancelled and r.error.fields["reason"] == "cancelled"
     assert printed(r) == "before\n" + ("swallowed\n" if name == "swallows_interrupt" else "")
     wait_until(lambda: r.kernel["pid"] in pool._launcher.exits)

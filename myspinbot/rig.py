@@ -15,7 +15,7 @@ import numpy as np
 from .core import InputError
 from .lips import JAW_MM, MOUTH, Lips, MouthFields, pixel_grid, smooth_step, smooth_curve
 
-# %% ../nbs/33_rig.ipynb #6bad6b73
+# %% ../nbs/33_rig.ipynb #f5f7b07e
 def _tint(colour: np.ndarray, level: float, chroma: float) -> np.ndarray:
     "A colour of the same hue with another brightness (0..255) and more or less chroma."
     grey = max(float(colour.mean()), 1.0)
@@ -27,7 +27,8 @@ class Palette:
         x, y = mm[..., 0], mm[..., 1]
         near = np.abs(x - lips.centre) < 0.6 * lips.half
         upper, lower = (np.interp(x, lips.x, o) for o in (lips.upper, lips.lower))
-        on_upper, on_lower = (y < upper - 1) & (y > lips.outer(x, True) + 1), (y > lower + 1) & (y < lips.outer(x, False) - 1)
+        on_upper = (y < upper - 1) & (y > lips.outer(x, True) + 1)
+        on_lower = (y > lower + 1) & (y < lips.outer(x, False) - 1)
         lip = near & (on_upper | on_lower)
         chin = (np.abs(x - lips.centre) < 1.2 * lips.half) & (y > lips.p[57, 1] + 4) & (y < lips.p[8, 1] - 4)
         skin = np.percentile(crop[chin], 75, axis=0) if chin.any() else np.array((190., 150, 130))
@@ -188,7 +189,7 @@ class Eye:
         lash = 0.62 * lash * taper
         colour += lash[..., None].astype(np.float32) * (self.lash - colour)
 
-# %% ../nbs/33_rig.ipynb #56d6e5f7
+# %% ../nbs/33_rig.ipynb #6f5cc029
 POSE = ("tongue", "blink", "brow", "dx", "dy", "roll", "zoom")  # besides the mouth; dx, dy in mm, roll in degrees
 CONTROLS = (*MOUTH, *POSE)
 
@@ -264,7 +265,7 @@ class Rig:
 
     def _head(self) -> None:
         "Where the head is, and how much of its sway each pixel follows."
-        p, n, s = self.lips.p, self.size, self.step
+        p, n = self.lips.p, self.size
         mm = self.axes.local(pixel_grid((0, 0, n, n)))
         eyes, chin = p[36:48, 1].mean(), p[8, 1]
         dx, dy = mm[..., 0] - (p[0, 0] + p[16, 0]) / 2, mm[..., 1] - (1.1 * eyes - 0.1 * chin)

@@ -103,7 +103,7 @@ def _stressed_by_length(sounds: list[Sound]) -> list[Sound]:
     def stress(s: Sound) -> float: return float(np.clip(0.65 + 0.35 * (s.end - s.start) / usual, 0.85, 1.15))
     return [replace(s, stress=stress(s)) if s.symbol in _VOWEL else s for s in sounds]
 
-# %% ../nbs/33_visemes.ipynb #b5f75e77
+# %% ../nbs/33_visemes.ipynb #473ff0d2
 _RATE = 100  # values a second while blending
 
 def _blend(sounds: list[Sound], seconds: float) -> np.ndarray:
@@ -131,7 +131,7 @@ def _bumps(sounds: list[Sound], symbols: frozenset[str], seconds: float, ramp: f
     out = np.zeros(n)
     for s in sounds:
         if s.symbol not in symbols: continue
-        middle, half = (s.start + s.end) / 2, max((s.end - s.start) / 2 - 0.01, 0.021)
+        middle, half = (s.start + s.end) / 2, max((s.end - s.start) / 2 - 0.015, 0.02)
         a, b = max(0, math.floor((middle - half - ramp) * _RATE)), min(n, math.ceil((middle + half + ramp) * _RATE) + 1)
         u = np.clip(1 - (np.abs(np.arange(a, b) / _RATE - middle) - half) / ramp, 0, 1)
         out[a:b] = np.maximum(out[a:b], u * u * (3 - 2 * u))
@@ -147,15 +147,17 @@ def _smoothed(x: np.ndarray, sigma: float) -> np.ndarray:
 def _lips(sounds: list[Sound], seconds: float) -> dict[str, np.ndarray]:
     "The mouth's controls at `_RATE`."
     v = dict(zip(_SHAPES, _smoothed(_blend(sounds, seconds), 1.8).T))
-    shut, tuck = _bumps(sounds, _LIPS_SHUT, seconds, 0.07), _bumps(sounds, _LIP_ON_TEETH, seconds, 0.07)
+    shut, tuck = _bumps(sounds, _LIPS_SHUT, seconds, 0.05), _bumps(sounds, _LIP_ON_TEETH, seconds, 0.06)
     tuck = tuck * (1 - shut)
-    v["jaw"] = v["jaw"] * (1 - 0.94 * shut) * (1 - 0.80 * tuck)
+    slow = _smoothed(np.maximum(shut, tuck), 3.0)  # the jaw is heavier than the lips
+    v["jaw"] = v["jaw"] * (1 - 0.5 * slow)
     for k in ("upper", "lower"): v[k] = v[k] * (1 - shut) * (1 - tuck)
+    v["lower"] = v["lower"] - np.maximum(shut, 0.85 * tuck) * v["jaw"] * 13 / 4  # the lower lip goes the rest of the way
     v["wide"] = v["wide"] * (1 - v["round"])
     v["press"], v["tuck"] = np.clip((shut - 0.5) / 0.5, 0, 1), tuck
     return v
 
-# %% ../nbs/33_visemes.ipynb #02fdc1ec
+# %% ../nbs/33_visemes.ipynb #42ad286e
 def _blinks(rng: np.random.Generator, frames: int, fps: float, pauses: list[float]) -> np.ndarray:
     "Eyelids, 0 open to 1 shut: quick down, slower up, every few seconds, rather in pauses than in words."
     out, t = np.zeros(frames), rng.uniform(0.7, 1.8)
@@ -184,7 +186,7 @@ def _accents(sounds: list[Sound], frames: int, fps: float) -> np.ndarray:
     for s in sounds:
         if s.symbol in _VOWEL and s.stress > 1.1:
             a, b = max(0, int((s.start - 0.5) * fps)), min(frames, int((s.end + 0.5) * fps))
-            out[a:b] += np.exp(-0.5 * ((at[a:b] - (s.start + s.end) / 2) / 0.11) ** 2)
+            out[a:b] += np.exp(-0.5 * ((at[a:b] - (s.start + s.end) / 2) / 0.14) ** 2)
     return np.minimum(out, 1.3)
 
 @dataclass(frozen=True)

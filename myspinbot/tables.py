@@ -114,7 +114,7 @@ def migrate(
     finally: conn.execute("SELECT pg_advisory_unlock(%s)", [LOCK])
     return applied
 
-# %% ../nbs/14_tables.ipynb #ae28e08a
+# %% ../nbs/14_tables.ipynb #56535770
 def bad_text(
     value: Any,
     path: str = "",
@@ -132,7 +132,7 @@ def bad_text(
 
 def mended(value: Any) -> Any:
     "The same value with the replacement character where PostgreSQL cannot hold a text."
-    if isinstance(value, str): return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+    if isinstance(value, str): return "".join("\ufffd" if c == "\0" or "\ud800" <= c <= "\udfff" else c for c in value)
     if isinstance(value, dict): return {mended(k): mended(v) for k, v in value.items()}
     if isinstance(value, list | tuple): return [mended(o) for o in value]
     return value

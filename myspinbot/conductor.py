@@ -66,7 +66,7 @@ class Waiter:
                 f = self.futures.get((row.job, row.key))
                 if f and not f.done() and row.status in STEP_END: f.set_result(row)
 
-# %% ../nbs/26_conductor.ipynb #8e8c7dc0
+# %% ../nbs/26_conductor.ipynb #53cef925
 class Conductor:
     "Runs jobs until told to stop; any number may run, each job has one."
     def __init__(self,
@@ -117,7 +117,7 @@ class Conductor:
             await self.record(job, StepRow(job=job.id, key=t.key, node=t.node, step=t.step, status="skipped",
                 error=dict(message=t.reason)))
             return Result(status="skipped")
-        try: spec = self.catalogue.step(t.step)
+        try: spec = await asyncio.to_thread(self.catalogue.step, t.step)
         except SpinError as e: return await self.failed(job, t, e)
         if row is None or row.status == "pending" or spec.kind == "control":
             node = job.graph.node(t.node)
@@ -227,7 +227,7 @@ def reconcile(self: Conductor) -> int:  # rows published again
     if rows: self.journal.mark_published([(r.job, r.key, id) for r, id in zip(rows, ids, strict=True)])
     return len(rows)
 
-# %% ../nbs/26_conductor.ipynb #e4484129
+# %% ../nbs/26_conductor.ipynb #18ff9180
 @patch
 async def take_jobs(self: Conductor) -> None:
     "Lease what is free and run it."
@@ -245,14 +245,17 @@ def job_done(self: Conductor, id: str, task: asyncio.Task) -> None:
     if not task.cancelled() and (e := task.exception()): log.error("job runner raised", job=id, exc_info=e)
 
 @patch
-async def renew_loop(self: Conductor) -> None:
-    "Keep the leases of running jobs; stop working on those that are no longer ours."
-    while True:
-        await asyncio.sleep(self.cfg.lease_s / 3)
-        held = {id: job.epoch for id, (job, _) in self.jobs.items()}
-        if not held: continue
-        for id, state in (await self.db(self.journal.renew_jobs, self.name, held, self.cfg.lease_s)).items():
-            if state != "ok" and id in self.jobs: self.jobs[id][1].cancel()
+def renew(self: Conductor, stop: threading.Event, loop: asyncio.AbstractEventLoop) -> None:
+    "Keep the leases of running jobs until told to stop; a thread, so that nothing in the event loop can delay it."
+    while not stop.wait(self.cfg.lease_s / 3):
+        held = {id: job.epoch for id, (job, _) in list(self.jobs.items())}
+        try: states = self.journal.renew_jobs(self.name, held, self.cfg.lease_s) if held else {}
+        except ServiceUnavailable as e:
+            log.warning("leases not renewed", error=str(e))
+            continue
+        for id, state in states.items():
+            if state != "ok" and (mine := self.jobs.get(id)) and mine[0].epoch == held[id]:
+                loop.call_soon_threadsafe(mine[1].cancel)
 
 @patch
 async def take_loop(self: Conductor) -> None:
@@ -272,27 +275,36 @@ async def reconcile_loop(self: Conductor) -> None:
         except ServiceUnavailable as e: log.warning("cannot reconcile now", error=str(e))
         await asyncio.sleep(self.cfg.scan_s)
 
-# %% ../nbs/26_conductor.ipynb #ecbe7f82
+# %% ../nbs/26_conductor.ipynb #e1e43529
+@patch
+def load(self: Conductor) -> None:
+    "Import and read what the first job would wait for."
+    import langgraph.func
+    self.catalogue.steps()
+
 @patch
 async def main(self: Conductor, stop: threading.Event) -> None:
     "Run until `stop` is set."
     self.waiter, loop = Waiter(self.journal), asyncio.get_running_loop()
     def listen() -> None:
         for hint in self.bridge.follow_done(stop): loop.call_soon_threadsafe(self.waiter.hint, hint["job"], hint["key"])
-    listener = threading.Thread(target=listen, name="done-hints", daemon=True)
-    listener.start()
+    await asyncio.to_thread(self.load)
+    ended = threading.Event()
+    side = [threading.Thread(target=listen, name="done-hints", daemon=True),
+            threading.Thread(target=self.renew, args=(ended, loop), name="leases", daemon=True)]
+    for t in side: t.start()
     loops = [asyncio.create_task(c, name=n) for n, c in dict(wait=self.waiter.run(), take=self.take_loop(),
-        renew=self.renew_loop(),
                                                              reconcile=self.reconcile_loop()).items()]
     log.info("conductor ready", name=self.name)
     try:
         while not stop.is_set():
-            if ended := [t for t in loops if t.done()]: ended[0].result()  # only by an exception: die loudly
+            if gone := [t for t in loops if t.done()]: gone[0].result()  # only by an exception: die loudly
             await asyncio.sleep(0.1)
     finally:
         running = list(self.jobs.values())
         for t in [*loops, *(t for _, t in running)]: t.cancel()
         await asyncio.gather(*(t for _, t in running), return_exceptions=True)
+        ended.set()
         for job, _ in running: await asyncio.to_thread(self.journal.release_job, job.id, job.epoch)
 
 @patch

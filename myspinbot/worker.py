@@ -76,7 +76,7 @@ class Worker:
                 time.sleep(wait)
                 wait = min(5.0, wait * 2)
 
-# %% ../nbs/24_worker.ipynb #fb8ec58c
+# %% ../nbs/24_worker.ipynb #c8aef399
 @patch
 def handle(self: Worker, entry: Entry) -> None:
     "Take one message to its end; never raises for what a message or a step does."
@@ -123,19 +123,26 @@ def settle(self: Worker, run: Running, r: StepResult) -> None:
         if run.stop == "draining" and self.insist(self.journal.release_step, row.job, row.key, row.attempt):
             self.republish(row)
         return self.insist(self.bridge.finish, entry, None)
-    if r.status == "succeeded":
-        done = self.insist(self.journal.commit_step, row.job, row.key, row.attempt, r.outputs, r.notebook, r.record)
-        status = "succeeded" if done else "refused"
-    else:
-        retry = bool(r.error and r.error.retryable) and row.attempt - row.lost <= row.retries
-        after = self.insist(self.journal.fail_step, row.job, row.key, row.attempt, r.error.to_dict(), r.notebook,
-            r.record, retry)
-        status = "refused" if after is None else after.status
-        if status == "queued": self.republish(after)
+    status = self.write(row, r)
     log.info("step ended", job=row.job, key=row.key, status=status, attempt=row.attempt,
         error=str(r.error) if r.error else None)
     self.insist(self.bridge.finish, entry, dict(job=row.job, key=row.key))
     if status != "refused": self.tell(row.job, "step", row.key, status=status)
+
+@patch
+def write(self: Worker, row: StepRow, r: StepResult) -> str:  # the row's new status; "refused": there is a successor
+    "Commit or fail an attempt; outputs that the journal cannot hold are a failure, too."
+    error = r.error
+    if r.status == "succeeded":
+        try:
+            done = self.insist(self.journal.commit_step, row.job, row.key, row.attempt, r.outputs, r.notebook, r.record)
+            return "succeeded" if done else "refused"
+        except SpinError as e: error = e
+    retry = bool(error and error.retryable) and row.attempt - row.lost <= row.retries
+    after = self.insist(self.journal.fail_step, row.job, row.key, row.attempt, as_spin_error(error).to_dict(), r.notebook,
+                        r.record, retry)
+    if after is not None and after.status == "queued": self.republish(after)
+    return "refused" if after is None else after.status
 
 @patch
 def republish(self: Worker, row: StepRow) -> bool:  # False: Redis is away; the reconciler will do it

@@ -64,7 +64,7 @@ def tooth_row(
     colour = palette.teeth * shade[..., None] * (1 - gum) + palette.gum * gum
     return np.dstack([colour, cover]).astype(np.float32)
 
-# %% ../nbs/33_rig.ipynb #12da23f7
+# %% ../nbs/33_rig.ipynb #8837fcb0
 class Inside:
     "Layers behind the lips: `tongue` and `lower` teeth move with the jaw, `upper` teeth stay with the head."
     def __init__(self,
@@ -116,9 +116,9 @@ class Inside:
         cover = (1 - smooth_step(y - np.minimum(lower - 0.1, upper + 11), -0.5, 0.5)) * (1 - smooth_step(t, 0.95, 1.02))
         return np.dstack([colour, cover]).astype(np.float32)
 
-# %% ../nbs/33_rig.ipynb #47f6fe5a
+# %% ../nbs/33_rig.ipynb #ec9a0719
 def fill_smoothly(
-    image: np.ndarray,  # (rows, columns, channels) float32
+    image: np.ndarray,  # (rows, columns, 3) float32
     hole: np.ndarray,   # (rows, columns) bool: what to replace
 ) -> np.ndarray:
     "Continue the surroundings across a hole (Laplace's equation, solved by relaxation)."
@@ -156,7 +156,9 @@ class Eye:
         k = 2 * round(1.1 * a.mm) + 1
         calm = cv2.medianBlur(cv2.dilate(crop, np.ones((k, k), np.uint8)), k)  # without lashes and crease
         calm = (0.65 * calm + 0.35 * cv2.medianBlur(crop, k)).astype(np.float32)
-        hole = (mm[..., 1] > top - 4.0) & (mm[..., 1] < bottom + 1.6) & (side < 1.12)
+        brows = smooth_curve(b, mm[..., 0])
+        self.room = float(np.clip(0.5 * np.median((top - brows)[side < 0.8]), 2.5, 5.5))  # mm above the eye that are lid
+        hole = (mm[..., 1] > top - self.room) & (mm[..., 1] < bottom + 1.6) & (side < 1.12)
         skin = fill_smoothly(calm, hole)
         inside = np.clip((mm[..., 1] - top + 2.0) / np.maximum(bottom - top + 4.0, 1), 0, 1)
         shade = 1.03 - 0.10 * (2 * inside - 0.9) ** 2 * (side < 1.2)
@@ -182,14 +184,14 @@ class Eye:
         edge = top + blink * (bottom - 0.1 - top)
         taper = 1 - smooth_step(side, 0.92, 1.06)
         taper = taper * smooth_step(blink, 0.02, 0.3)
-        cover = (1 - smooth_step(y - edge, -soft, soft)) * smooth_step(y - top, -4.2, -1.8) * taper
+        cover = (1 - smooth_step(y - edge, -soft, soft)) * smooth_step(y - top, -self.room, -0.5 * self.room) * taper
         colour += cover[..., None].astype(np.float32) * (_shifted(self.skin, q, self.box) - colour)
         d = y - edge
         lash = np.where(d < 0, np.exp(-((d / 0.6) ** 2)), np.exp(-((d / 1.1) ** 2)))
         lash = 0.62 * lash * taper
         colour += lash[..., None].astype(np.float32) * (self.lash - colour)
 
-# %% ../nbs/33_rig.ipynb #6f5cc029
+# %% ../nbs/33_rig.ipynb #162b2483
 POSE = ("tongue", "blink", "brow", "dx", "dy", "roll", "zoom")  # besides the mouth; dx, dy in mm, roll in degrees
 CONTROLS = (*MOUTH, *POSE)
 
@@ -283,7 +285,7 @@ class Rig:
         self._pivot = self.axes.image(np.array([(p[8, 0], chin + 12)]))[0]
         self._lever = self._sway * (self._grid - self._pivot.astype(np.float32))
 
-# %% ../nbs/33_rig.ipynb #476f35c3
+# %% ../nbs/33_rig.ipynb #98a9be73
 def _shifted(layer: np.ndarray, at: np.ndarray, box: tuple[int, ...], step: int = 1, replicate: bool = True) -> np.ndarray:
     "Sample a layer that lies at `box`, every `step` pixels, at picture coordinates."
     import cv2
@@ -379,7 +381,7 @@ class Pose:
         if self.v["blink"] >= 0.02: eye.close(colour, q, self.v["blink"])
         out[y0:y1, x0:x1] = np.clip(colour + 0.5, 0, 255).astype(np.uint8)
 
-# %% ../nbs/33_rig.ipynb #d258c258
+# %% ../nbs/33_rig.ipynb #2944d89a
 def _frame(self: Rig,
     controls: Mapping[str, float] | None = None,  # by name, see `CONTROLS`; those not given are 0
     **more: float,

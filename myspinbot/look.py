@@ -15,7 +15,7 @@ from .core import SpinError
 from .draw import draw
 from .schema import STEP_END, STEP_OK, Graph, Job, StepRow
 
-# %% ../nbs/50_look.ipynb #bc8e1c59
+# %% ../nbs/50_look.ipynb #b9d39f5e
 CSS = """
 .spin { --spin-fg: var(--jp-ui-font-color1, #1f2933); --spin-soft: var(--jp-ui-font-color2, #62707e);
     --spin-bg: var(--jp-layout-color1, #fff); --spin-line: var(--jp-border-color2, #dde3ea);
@@ -23,6 +23,9 @@ CSS = """
     --spin-ok: #16a34a; --spin-bad: #dc2626; --spin-warn: #d97706; color: var(--spin-fg); font-family: system-ui,
     -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; font-size: 14px; line-height: 1.45; }
 .spin .widget-html, .spin .widget-html-content { line-height: 1.45; height: auto; font-size: 14px; }
+.spin .widget-html:not(:has(.widget-html-content > :not(style))):not(:has(video)) { display: none; }
+.spin .widget-box, .spin .widget-vbox, .spin .widget-hbox { overflow: visible; }
+.spin .jupyter-widgets { margin-left: 0; margin-right: 0; }
 .spin h1 { font-size: 21px; margin: 0; font-weight: 650; letter-spacing: -.01em; color: var(--spin-fg); }
 .spin h2 { font-size: 12px; margin: 0 0 4px; font-weight: 650; text-transform: uppercase; letter-spacing: .06em;
     color: var(--spin-soft); }
@@ -75,6 +78,7 @@ CSS = """
 .spin-field { margin-bottom: 10px; }
 .spin-field .help { color: var(--spin-soft); font-size: 12.5px; }
 .spin-field .name { font-weight: 600; font-size: 13px; }
+.spin textarea { font-family: inherit; line-height: 1.4; padding: 6px 8px; }
 .spin textarea, .spin input[type=text], .spin input[type=number], .spin select { border-radius: 7px;
     font-size: 14px; }
 .spin button.jupyter-button { border-radius: 8px; font-size: 13.5px; }

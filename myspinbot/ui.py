@@ -6,11 +6,11 @@
 __all__ = ['NOTHING', 'Upload', 'plain_widget', 'read_plain', 'Form', 'result_widget', 'results', 'guarded', 'JobView',
            'job_view', 'Studio', 'studio']
 
-# %% ../nbs/50_ui.ipynb #8db9d32e
-import json, os, threading, time
+# %% ../nbs/50_ui.ipynb #b6d27b2e
+import json, os, threading
 from collections import deque
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import wraps
 from typing import Any
 from urllib.parse import parse_qs
@@ -19,10 +19,11 @@ import ipywidgets as W
 from fastcore.basics import patch
 
 from .core import InputError, NotFound, SpinError, as_spin_error
-from .look import CSS, PAGE_CSS, diagram_html, error_html, esc, head_html, job_label, log_html, numbers_html, steps_html
+from .look import (CSS, PAGE_CSS, diagram_html, error_html, esc, head_html, job_label, log_html, numbers_html,
+                            steps_html)
 from .schema import JOB_END, Artifact, Event, Graph, Job, Port, StepRow, is_media
 
-# %% ../nbs/50_ui.ipynb #0a4b66c7
+# %% ../nbs/50_ui.ipynb #fb01680b
 NOTHING = object()  # what a field gives that was left at its default
 
 class Upload:
@@ -47,7 +48,8 @@ class Upload:
         look = lambda f: W.Image(value=bytes(f["content"]),
                                  layout=W.Layout(max_height="170px", width="auto", object_fit="contain"))
         names = ", ".join(f"{esc(f['name'])}, {f['size'] / 1e6:.2f} MB" for f in files)
-        self.shown.children = ([look(f) for f in files[:4]] if self.kind == "Image" else []) + ([W.HTML(f'<span class="soft">{names}</span>')] if files else [])
+        pictures = [look(f) for f in files[:4]] if self.kind == "Image" else []
+        self.shown.children = [*pictures, W.HTML(f'<span class="soft">{names}</span>')] if files else []
 
     def read(self, store: Any) -> Any:
         "Store the files; an empty field gives nothing."
@@ -69,13 +71,12 @@ def plain_widget(
 
 def read_plain(port: Port, widget: W.Widget) -> Any:
     "The value of a plain field; raises `InputError` for JSON that cannot be read."
-    if widget.value == (port.default if port.type != "str" else port.default or ""): return NOTHING
-    if port.type in ("bool", "str") or not isinstance(widget, W.Textarea): return widget.value
-    if not widget.value.strip(): return NOTHING
-    try: return json.loads(widget.value)
-    except ValueError as e:
-        raise InputError(f"{port.name} is not JSON: {widget.value!r:.80} ({e}).",
-                         'Write it like [1, 2] or {"a": "b"}.') from e
+    value = widget.value
+    if port.type not in ("bool", "str") and isinstance(widget, W.Textarea):
+        try: value = json.loads(value) if value.strip() else port.default
+        except ValueError as e:
+            raise InputError(f"{port.name} is not JSON: {value!r:.80} ({e}).", 'Write it like [1, 2] or {"a": "b"}.') from e
+    return NOTHING if value == (port.default if port.type != "str" else port.default or "") else value
 
 # %% ../nbs/50_ui.ipynb #3e9dd8b0
 class Form:
@@ -105,7 +106,7 @@ class Form:
         read = {n: f.read(store) if isinstance(f, Upload) else read_plain(p, f) for n, (p, f) in self.fields.items()}
         return {n: v for n, v in read.items() if v is not NOTHING}
 
-# %% ../nbs/50_ui.ipynb #3b078b08
+# %% ../nbs/50_ui.ipynb #da5fcea7
 def result_widget(
     client: Any,
     name: str,   # of the output
@@ -117,7 +118,7 @@ def result_widget(
     data = client.file(value).read_bytes()
     if kind == "video":
         return W.Video(value=data, format=value.media_type.split("/")[1], autoplay=False, loop=False,
-                       layout=W.Layout(max_width="640px", width="100%"))
+                       layout=W.Layout(max_width="560px", width="100%"))
     if kind == "audio": return W.Audio(value=data, format=value.media_type.split("/")[1], autoplay=False, loop=False)
     if kind == "image": return W.Image(value=data, layout=W.Layout(max_width="100%", width="auto"))
     try: told = numbers_html(json.loads(data))
@@ -126,13 +127,13 @@ def result_widget(
 
 def results(client: Any, job: Job) -> list[W.Widget]:
     "Every output of a job with its name, videos first."
-    rank = lambda v: ("video", "audio", "application",
-                      "image").index(k) if isinstance(v, Artifact) and (k := v.media_type.split("/")[0]) in ("video",
-                                                                                                             "audio", "application", "image") else 4
+    kinds = ("video", "audio", "application", "image")
+    kind = lambda v: v.media_type.split("/")[0] if isinstance(v, Artifact) else ""
+    rank = lambda v: kinds.index(kind(v)) if kind(v) in kinds else len(kinds)
     found = [(n, result_widget(client, n, v)) for n, v in sorted(job.outputs.items(), key=lambda o: rank(o[1]))]
     return [w for n, shown in found if shown is not None for w in (W.HTML(f"<h2>{esc(n)}</h2>"), shown)]
 
-# %% ../nbs/50_ui.ipynb #680baff2
+# %% ../nbs/50_ui.ipynb #aec7a577
 def guarded(fn: Callable) -> Callable:
     "Show an error of a button in the view's `trouble` box; nothing is lost in a log that no one reads."
     @wraps(fn)
@@ -151,10 +152,11 @@ class JobView:
         self.rows: list[StepRow] = []
         self.progress: dict[str, tuple[float, str]] = {}
         self.log: deque[tuple[str, str]] = deque(maxlen=200)
-        self.jpeg, self.asked, self.stop, self.dirty, self.stale = b"", None, threading.Event(), threading.Event(), True
+        self.jpeg, self.asked, self.stop, self.dirty = b"", None, threading.Event(), threading.Event()
+        self.stale, self.followed = True, False  # is there something new to read? has the last event come?
         self.head, self.diagram, self.steps, self.told, self.error, self.trouble = (W.HTML() for _ in range(6))
         self.preview = W.Image(format="jpeg", layout=W.Layout(display="none", max_height="260px", width="auto"))
-        self.cancel, self.retry = W.Button(description="Cancel", icon="stop"), W.Button(description="Retry",
+        self.cancel, self.retry = W.Button(description="Cancel"), W.Button(description="Retry",
                                                                                         icon="refresh")
         self.cancel.on_click(lambda _: self.act(self.client.cancel))
         self.retry.on_click(lambda _: self.act(self.client.retry))
@@ -171,13 +173,18 @@ class JobView:
     def act(self, fn: Callable[[str], Job]) -> None:
         "Cancel or retry, and look again."
         fn(self.id)
+        self.restart()
+
+    def restart(self) -> None:
+        "Follow again a job that goes on."
         self.close()
         self.results.children, self.jpeg = [], b""
+        self.log.clear()
         self.start()
 
     def start(self) -> "JobView":
         "Begin to follow and to paint."
-        self.stop, self.stale = threading.Event(), True
+        self.stop, self.stale, self.followed = threading.Event(), True, False
         for fn in (self.follow, self.paint_loop):
             threading.Thread(target=fn, args=(self.stop,), name=f"{fn.__name__}-{self.id}", daemon=True).start()
         return self
@@ -187,7 +194,7 @@ class JobView:
         self.stop.set()
         self.dirty.set()
 
-# %% ../nbs/50_ui.ipynb #f6abd330
+# %% ../nbs/50_ui.ipynb #466d7561
 @patch
 def on_event(self: JobView, e: Event) -> None:
     "Take in one event; painting comes later."
@@ -210,7 +217,8 @@ def follow(self: JobView, stop: threading.Event) -> None:
                 for _, e in self.client.events.read(self.id, "0", 1): self.on_event(e)
             else:
                 for e in self.client.follow(self.id, stop=stop): self.on_event(e)
-            self.stale = True
+            self.trouble.value = ""
+            self.stale = self.followed = True
             return self.dirty.set()
         except Exception as e:
             self.trouble.value = error_html(as_spin_error(e))
@@ -223,27 +231,26 @@ def paint_loop(self: JobView, stop: threading.Event) -> None:
     while not stop.is_set():
         self.dirty.wait(1.0)
         self.dirty.clear()
+        last = self.followed
         try:
             self.paint()
-            if self.job and self.job.status in JOB_END and not self.stale:
-                stop.wait(1.0) or (self.dirty.is_set() or stop.set())
-        except SpinError as e:
-            self.trouble.value = error_html(e)
+            if last and not self.stale: return
+        except Exception as e:
+            self.trouble.value, self.stale = error_html(as_spin_error(e)), True
             stop.wait(2.0)
         stop.wait(0.15)
 
-# %% ../nbs/50_ui.ipynb #ab0993f7
+# %% ../nbs/50_ui.ipynb #215a4461
 @patch
 def paint(self: JobView) -> None:
     "Bring the widgets up to date; one that has not changed is not sent again."
     if self.stale or self.job is None:
         self.stale = False
         self.job, self.rows = self.client.job(self.id), self.client.steps(self.id)
-        self.trouble.value = ""
         self.diagram.value = diagram_html(self.job, self.rows)
         self.show_question()
     job, ended = self.job, self.job.status in JOB_END
-    since = (job.ended_at or datetime.now(timezone.utc)) - job.created_at if job.created_at else None
+    since = (job.ended_at or datetime.now(UTC)) - job.created_at if job.created_at else None
     self.head.value = head_html(job, since.total_seconds() if since and job.status != "queued" else None)
     self.error.value = error_html(job.error) if job.error else ""
     self.steps.value = steps_html(job.graph, self.rows, self.progress)
@@ -289,7 +296,7 @@ def job_view(
     view.widget.view = view  # keeps it alive, and within reach
     return view.widget
 
-# %% ../nbs/50_ui.ipynb #33e5914f
+# %% ../nbs/50_ui.ipynb #69bcacd3
 class Studio:
     "Ask for a job, watch it, find it again."
     def __init__(self,
@@ -299,7 +306,7 @@ class Studio:
     ):
         self.client, self.view, self.every_s, self.stop = client, None, every_s, threading.Event()
         self.graphs: dict[str, Graph] = {}
-        self.trouble, self.about, self.form = W.HTML(), W.HTML(), None
+        self.trouble, self.broken, self.about, self.form = W.HTML(), W.HTML(), W.HTML(), None
         self.which = W.Dropdown(layout=W.Layout(width="100%"))
         self.urgency = W.Dropdown(options=[("normal priority", "normal"), ("high priority", "high"),
                                            ("low priority", "low")], layout=W.Layout(width="140px"))
@@ -307,7 +314,7 @@ class Studio:
         self.go.add_class("spin-go")
         self.go.on_click(lambda _: self.submit())
         self.fields, self.list, self.right = W.VBox(), W.VBox(), W.VBox()
-        left = W.VBox([self.which, self.about, self.fields, W.HBox([self.go, self.urgency]), self.trouble,
+        left = W.VBox([self.which, self.broken, self.about, self.fields, W.HBox([self.go, self.urgency]), self.trouble,
                        W.HTML("<h2>Recent jobs</h2>"), self.list],
                       layout=W.Layout(grid_gap="10px", overflow="visible"))
         columns = W.Box([left, self.right])
@@ -316,22 +323,21 @@ class Studio:
         self.widget = W.VBox([W.HTML(f"<style>{CSS}{PAGE_CSS}</style><h1>MySpinBot Studio</h1>"), columns],
                              layout=W.Layout(grid_gap="12px"))
         for c in ("spin", "spin-page"): self.widget.add_class(c)
-        self.seen: tuple = ()
+        self.seen: tuple | None = None
         self.load()
         self.open(wanted or (jobs[0].id if (jobs := self.client.jobs(limit=1)) else None))
         threading.Thread(target=self.watch_jobs, name="studio-jobs", daemon=True).start()
 
-    @guarded
     def load(self) -> None:
         "Read the pipelines; one that cannot be read is named, and the others work."
         broken = []
         for n in self.client.catalogue.pipelines():
             try: self.graphs[n] = self.client.graph(n)
-            except SpinError as e: broken.append(error_html(e))
+            except Exception as e: broken.append(error_html(as_spin_error(e)))
+        self.broken.value = "".join(broken)
         self.which.options = [(g.title or n, n) for n, g in self.graphs.items()]
         self.which.observe(lambda _: self.choose(), "value")
-        self.choose()
-        self.trouble.value = "".join(broken)
+        if self.graphs: self.which.value = next(iter(self.graphs))
 
     def choose(self) -> None:
         "Show the form of the chosen pipeline."
@@ -340,7 +346,7 @@ class Studio:
         self.fields.children = [self.form.widget]
         self.go.description = f"Run {graph.title or graph.name}"
 
-# %% ../nbs/50_ui.ipynb #b2ce3ec6
+# %% ../nbs/50_ui.ipynb #22089cb6
 @patch
 def submit(self: Studio) -> None:
     "Send the form; what is wrong with it appears under the button."
@@ -363,18 +369,23 @@ def open(self: Studio, id: str | None) -> None:
     "Show a job on the right."
     if self.view: self.view.close()
     if id is None:
-        self.right.children = [W.HTML('<h1>Nothing made yet</h1><p class="soft">Fill in the form and press the button; progress and result appear here.</p>')]
+        self.right.children = [W.HTML('<h1>Nothing made yet</h1><p class="soft">Fill in the form and press the button; '
+                                      'progress and result appear here.</p>')]
         return
     self.view = JobView(self.client, id).start()
     self.right.children = [self.view.widget]
-    self.seen = ()
+    self.seen = None
     self.refresh()
 
 @patch
-@guarded
 def refresh(self: Studio) -> None:
     "Read the list of jobs."
-    found = self.client.jobs(limit=12)
+    try: found = self.client.jobs(limit=12)
+    except SpinError as e:
+        self.seen, self.list.children = None, [W.HTML(error_html(e))]
+        return
+    view = self.view
+    if view and view.followed and any(j.id == view.id and j.status != view.job.status for j in found): view.restart()
     labels = tuple((j.id, job_label(j), bool(self.view and self.view.id == j.id)) for j in found)
     if labels == self.seen: return
     self.seen, rows = labels, []

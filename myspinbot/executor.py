@@ -197,7 +197,7 @@ def _lives(pid: str) -> bool:
     except PermissionError: return True
     return True
 
-# %% ../nbs/23_executor.ipynb #ec326770
+# %% ../nbs/23_executor.ipynb #29dddbc1
 class _Attempt:
     "The parts of one attempt, each with its seconds."
     def __init__(self, owner: Executor, spec: StepSpec, context: RunContext, folder: Path):
@@ -223,7 +223,7 @@ class _Attempt:
             path = self.owner.catalogue.notebook(spec.id)
             self.run = self.timed("run", run_notebook, path, done, values, pool=self.owner.pool, kernel=spec.kernel,
                 family=spec.family, timeout_s=spec.timeout_s, context=told, on_output=tail.output,
-                should_stop=should_stop, tick=tail, grace_s=self.owner.grace_s)
+                should_stop=should_stop, tick=tail, grace_s=self.owner.grace_s, durable=False)
         finally:
             tail()
             tail.flush()

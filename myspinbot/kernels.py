@@ -186,7 +186,7 @@ def _mtime_ns(path: str | Path) -> int:
     try: return os.stat(path).st_mtime_ns
     except FileNotFoundError: return 0
 
-# %% ../nbs/21_kernels.ipynb #040c0e73
+# %% ../nbs/21_kernels.ipynb #ad483e16
 _PORTS = dict(shell_port=1, iopub_port=2, stdin_port=3, control_port=4, hb_port=5)
 
 class Kernel:
@@ -198,7 +198,7 @@ class Kernel:
     ):
         from jupyter_client.session import Session
         self.id, self.launcher, self.name = secrets.token_hex(4), launcher, name
-        self.family, self.runs = "", 0
+        self.family, self.runs, self.begun = "", 0, ""
         self.python, self.key, began = name == "python3", secrets.token_hex(16), time.monotonic()
         self.sources, self.started_ns = [], time.time_ns()  # files of the package that it imported
         self.base = launcher.folder / self.id
@@ -259,7 +259,7 @@ def _command(name: str, connection: Path) -> tuple[list[str], dict[str, str]]:
     places = dict(connection_file=str(connection), resource_dir=spec.resource_dir)
     return [re.sub(r"\{(\w+)\}", lambda m: places.get(m[1], m[0]), o) for o in spec.argv], dict(spec.env)
 
-# %% ../nbs/21_kernels.ipynb #d46dcaaa
+# %% ../nbs/21_kernels.ipynb #55475fb0
 @patch
 def _connect(self: Kernel, timeout_s: float = 60.0) -> None:
     "Open the sockets; the kernel is ready when it answers on both."
@@ -325,7 +325,9 @@ def request(self: Kernel,
         messages = self._messages(0.05)
         now = time.monotonic()
         for channel, message in messages:
-            if message["parent_header"].get("msg_id") != sent: continue
+            parent = message["parent_header"].get("msg_id")
+            if channel == "shell" and parent == self.begun: self._result("begin", message["content"])
+            if parent != sent: continue
             last = now
             if channel == "shell": reply = message["content"]
             elif message["msg_type"] == "status": idle = message["content"]["execution_state"] == "idle"
@@ -342,17 +344,27 @@ def request(self: Kernel,
 @patch
 def call(self: Kernel, expression: str, timeout_s: float = 20.0) -> Any:
     "Evaluate a call of this module inside the kernel; its JSON result. A kernel that fails at that is broken."
-    import ast
     end = time.monotonic() + timeout_s
     def watch() -> None:
         if time.monotonic() > end: raise KernelDied(f"Kernel {self.id} did not answer within {timeout_s:.0f} s.")
-    module = "__import__('myspinbot.kernels', fromlist=['kernels'])"
-    reply = self.request("", silent=True, expression=f"{module}._json({module}.{expression})", watch=watch)
+    return self._result(expression, self.request("", silent=True, expression=_inside(expression), watch=watch))
+
+@patch
+def enter(self: Kernel, context: dict[str, Any] | None, cwd: str) -> None:
+    "Prepare a run. It goes ahead of the first cell without waiting, so it costs no round trip of its own."
+    self.begun = self.send("", silent=True, expression=_inside(f"begin({context!r}, {cwd!r})"))
+
+@patch
+def _result(self: Kernel, what: str, reply: dict[str, Any]) -> Any:
+    import ast
     result = reply.get("user_expressions", {}).get("spin", {})
-    if result.get("status") != "ok":
-        why = result.get("evalue") or reply.get("evalue") or "no answer"
-        raise KernelDied(f"Kernel {self.id} cannot do {expression:.80}: {why}.")
-    return json.loads(ast.literal_eval(result["data"]["text/plain"]))
+    if result.get("status") == "ok": return json.loads(ast.literal_eval(result["data"]["text/plain"]))
+    why = result.get("evalue") or reply.get("evalue") or "no answer"
+    raise KernelDied(f"Kernel {self.id} cannot do {what:.80}: {why}.")
+
+def _inside(expression: str) -> str:
+    module = "__import__('myspinbot.kernels', fromlist=['kernels'])"
+    return f"{module}._json({module}.{expression})"
 
 # %% ../nbs/21_kernels.ipynb #2ccc5bb1
 def _json(value: Any) -> str: return json.dumps(value)

@@ -177,7 +177,7 @@ def test_notebook_of_an_unknown_kernel(pool: KernelPool, tmp_path: Path):
 # Stopping
 
 @pytest.mark.parametrize("name, grace_s, exit_code", [
-    ("sleeps_forever", 30, -signal.SIGKILL), ("swallows_interrupt", 30, -signal.SIGKILL),  # interrupted, then not used again
+    ("sleeps_forever", 30, -signal.SIGKILL), ("swallows_interrupt", 30, -signal.SIGKILL),  # after the interrupt
     ("c_loop_ignores_sigint", 0.3, -signal.SIGTERM), ("ignores_every_signal", 0.3, -signal.SIGKILL)])
 def test_stop_climbs_the_ladder(pool: KernelPool, run, name: str, grace_s: float, exit_code: int):
     seen: list[str] = []

@@ -9,12 +9,12 @@ __all__ = ['app', 'out', 'err', 'COLORS', 'Json', 'JobId', 'main', 'print_error'
            'report', 'submit', 'read_table', 'batch', 'jobs', 'show', 'logs', 'act', 'cancel', 'retry', 'rerun',
            'approve', 'pipelines', 'steps', 'demo']
 
-# %% ../nbs/60_cli.ipynb #11b67e5b
+# %% ../nbs/60_cli.ipynb #ac004afb
 import csv, json, logging, os, shutil, signal, sys, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import structlog, typer
 from rich.console import Console
@@ -32,9 +32,12 @@ COLORS = dict(succeeded="green", cached="cyan", running="blue", waiting="yellow"
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JobId = Annotated[str, typer.Argument(help="Job id; a unique beginning is enough.")]
 
-# %% ../nbs/60_cli.ipynb #227ffdff
+# %% ../nbs/60_cli.ipynb #0f068bdd
 def main() -> None:
     "Entry point: a `SpinError` is a message, not a traceback."
+    if "SPIN_SUPERVISOR" in os.environ:
+        from myspinbot.services import end_with_supervisor
+        end_with_supervisor()
     try: app()
     except SpinError as e:
         print_error(e)
@@ -160,10 +163,10 @@ def lab(port: int = 8888) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", f"--port={port}",
         f"--ServerApp.root_dir={Path(catalogue().dir).parent}", *(["--allow-root"] if os.geteuid() == 0 else [])])
 
-# %% ../nbs/60_cli.ipynb #530b1963
+# %% ../nbs/60_cli.ipynb #1ebe40ee
 @app.command(rich_help_panel="Services")
 def up(
-    workers: Annotated[Optional[int], typer.Option(help="Workers to start; default SPIN_WORKERS.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Workers to start; default SPIN_WORKERS.")] = None,
     dashboards: Annotated[bool, typer.Option(help="Serve the dashboards too.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -260,7 +263,7 @@ def doctor(as_json: Json = False) -> None:
             if not ok: out.print(f"        [b]{escape(mend)}[/]")
     if not all(ok for _, ok, _, _ in rows): raise typer.Exit(1)
 
-# %% ../nbs/60_cli.ipynb #da8441b6
+# %% ../nbs/60_cli.ipynb #1f3335fb
 def watch_job(c: Any, id: str, quiet: bool = False) -> Any:
     "Follow a job with one progress bar per step; returns the ended job."
     if quiet: return c.wait(id)
@@ -307,7 +310,7 @@ def report(c: Any, id: str, started: float, as_json: bool) -> None:
 @app.command(rich_help_panel="Jobs")
 def submit(
     pipeline: Annotated[str, typer.Argument(help="Name of a pipeline: see `myspinbot pipelines`.")],
-    param: Annotated[list[str], typer.Option("-p", "--param", help="name=value; a file as its path.")] = [],
+    param: Annotated[list[str] | None, typer.Option("-p", "--param", help="name=value; a file as its path.")] = None,
     wait: Annotated[bool, typer.Option(help="Follow the job to its end.")] = False,
     priority: Annotated[str, typer.Option(help="high, normal or low.")] = "normal",
     key: Annotated[str, typer.Option(help="Idempotency key: the same key again gives the same job.")] = "",
@@ -318,7 +321,7 @@ def submit(
     t = time.monotonic()
     with client() as c:
         g = c.graph(pipeline)
-        job = c.submit(g, params_from_text(g, parse_params(param)), priority=priority, idempotency_key=key or None)
+        job = c.submit(g, params_from_text(g, parse_params(param or [])), priority=priority, idempotency_key=key or None)
         if wait:
             watch_job(c, job.id, as_json)
             return report(c, job.id, t, as_json)
@@ -440,7 +443,7 @@ def approve(job: JobId, step: str, decline: Annotated[bool, typer.Option(help="S
     "Answer a step that waits for a person."
     with client() as c: c.approve(full_id(c, job), step, not decline, comment)
 
-# %% ../nbs/60_cli.ipynb #2782bd59
+# %% ../nbs/60_cli.ipynb #a8062fe1
 @app.command(rich_help_panel="Catalogue")
 def pipelines(as_json: Json = False) -> None:
     "The pipelines and their parameters."
@@ -467,7 +470,7 @@ def steps(as_json: Json = False) -> None:
 
 @app.command(rich_help_panel="Start here")
 def demo(
-    portrait: Annotated[Optional[Path], typer.Option(help="A picture with one face; default: the sample.")] = None,
+    portrait: Annotated[Path | None, typer.Option(help="A picture with one face; default: the sample.")] = None,
     text: Annotated[str, typer.Option(help="What the portrait says.")] = "",
     as_json: Json = False,
 ) -> None:

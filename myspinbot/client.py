@@ -98,7 +98,7 @@ def upload(self: Client, path: str | Path) -> Artifact:
     "Store a file."
     return self.store.put_file(path)
 
-# %% ../nbs/40_client.ipynb #97f473f5
+# %% ../nbs/40_client.ipynb #decddb12
 @patch
 def job(self: Client, id: str) -> Job: return self.journal.job(id)
 @patch
@@ -128,8 +128,9 @@ def follow(self: Client,
             yield e
         if ended: return
         try:
-            for live, e in self.events.read(id, after_id=live, block_ms=1000):
-                if e.kind not in ("job", "step"): yield e
+            got = self.events.read(id, after_id=live, block_ms=1000)
+            yield from (e for _, e in got if e.kind not in ("job", "step"))
+            if got: live = got[-1][0]
         except ServiceUnavailable: time.sleep(0.5)
 
 @patch
@@ -138,14 +139,13 @@ def wait(self: Client,
     timeout_s: float | None = None,  # default: as long as it takes
 ) -> Job:  # ended
     "Wait for a job's end; raises `TimeoutError`."
-    end, live = None if timeout_s is None else time.monotonic() + timeout_s, "$"
+    end, live = None if timeout_s is None else time.monotonic() + timeout_s, "0"
     while (job := self.journal.job(id)).status not in JOB_END:
         left = 1.0 if end is None else end - time.monotonic()
         if left <= 0: raise TimeoutError(f"Job {id} is still {job.status} after {timeout_s:g} s.")
-        try:
-            for live, _ in self.events.read(id, after_id="0" if live == "$" else live,
-                block_ms=max(1, int(min(1.0, left) * 1000))): pass
+        try: got = self.events.read(id, after_id=live, block_ms=max(1, int(min(1.0, left) * 1000)))
         except ServiceUnavailable: time.sleep(min(0.5, left))
+        else: live = got[-1][0] if got else live
     return job
 
 # %% ../nbs/40_client.ipynb #e640df8a

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['log', 'Key', 'Waiter', 'Conductor']
 
-# %% ../nbs/26_conductor.ipynb #9804d6df
+# %% ../nbs/26_conductor.ipynb #ba1ef2ed
 import asyncio, threading
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 import structlog
@@ -275,11 +276,11 @@ async def reconcile_loop(self: Conductor) -> None:
         except ServiceUnavailable as e: log.warning("cannot reconcile now", error=str(e))
         await asyncio.sleep(self.cfg.scan_s)
 
-# %% ../nbs/26_conductor.ipynb #e1e43529
+# %% ../nbs/26_conductor.ipynb #26699345
 @patch
 def load(self: Conductor) -> None:
     "Import and read what the first job would wait for."
-    import langgraph.func
+    import_module("langgraph.func")
     self.catalogue.steps()
 
 @patch

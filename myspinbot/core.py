@@ -7,8 +7,8 @@ __all__ = ['SpinError', 'InputError', 'GraphError', 'ConfigError', 'NotFound', '
            'FenceLost', 'Conflict', 'ServiceUnavailable', 'KernelDied', 'StepTimeout', 'error_from_dict',
            'as_spin_error', 'canonical_json', 'hash_bytes', 'hash_json', 'hash_file', 'new_id', 'Settings', 'settings']
 
-# %% ../nbs/00_core.ipynb #c8e5e978
-import hashlib, json, os, secrets
+# %% ../nbs/00_core.ipynb #999b9cd0
+import hashlib, json, secrets
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from platformdirs import user_data_path
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-# %% ../nbs/00_core.ipynb #d86a1481
+# %% ../nbs/00_core.ipynb #ed9194d5
 class SpinError(Exception):
     "Base of all errors that MySpinBot raises on purpose; extra keyword arguments are kept as `fields`."
     retryable: ClassVar[bool] = False  # may the same call succeed later, unchanged?
@@ -41,7 +41,8 @@ class SpinError(Exception):
 
     def to_dict(self) -> dict[str, Any]:
         "Plain JSON; `error_from_dict` is its inverse."
-        return dict(type=type(self).__name__, message=self.message, hint=self.hint, fields=json.loads(canonical_json(self.fields)))
+        fields = json.loads(canonical_json(self.fields))
+        return dict(type=type(self).__name__, message=self.message, hint=self.hint, fields=fields)
 
 # %% ../nbs/00_core.ipynb #03951f56
 class InputError(SpinError): "A value given by the user is not valid."
@@ -105,19 +106,19 @@ def new_id(
     "A random id."
     return f"{kind}_{secrets.token_hex(8)}"
 
-# %% ../nbs/00_core.ipynb #38b32695
+# %% ../nbs/00_core.ipynb #e0e98038
 class Settings(BaseSettings):
     "All that can be configured; `SPIN_HOME=/data/spin` sets `home`, and so on."
     model_config = SettingsConfigDict(env_prefix="SPIN_", env_file=".env", extra="ignore", frozen=True)
     home: Path = Field(default_factory=lambda: user_data_path("myspinbot"), description="the one data folder")
     redis_url: str = Field("", description="redis://...; empty: the embedded server")
     postgres_url: str = Field("", description="postgresql://...; empty: the embedded server")
-    store_url: str = Field("", description="file:///folder or s3://key:secret@host:port/bucket?secure=false; empty: home/store")
-    pipelines_dir: str = Field("", description="folder with pipeline notebooks and steps/; empty: the ones of this checkout")
+    store_url: str = Field("", description="file:///folder or s3://key:secret@host:port/bucket; empty: home/store")
+    pipelines_dir: str = Field("", description="folder with pipelines and steps/; empty: those of this checkout")
     queues: tuple[str, ...] = Field(("cpu",), description="queues that a worker serves")
     slots: int = Field(2, ge=1, le=256, description="steps that one worker runs at once")
     workers: int = Field(1, ge=0, le=64, description="workers that `up` starts")
-    lease_s: float = Field(15.0, ge=0.3, le=3600, description="a job or step whose holder is silent for so long is taken over")
+    lease_s: float = Field(15.0, ge=0.3, le=3600, description="a silent holder of a job or step loses it")
     scan_s: float = Field(2.0, ge=0.05, le=600, description="pause between two looks of the reconciler")
     kernel_max_runs: int = Field(200, ge=1, description="a warm kernel is replaced after so many runs")
     kernel_max_mb: int = Field(4096, ge=64, description="a warm kernel is replaced above this resident size")

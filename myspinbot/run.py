@@ -86,7 +86,7 @@ class Run:
             time.sleep(poll_s)
         return self
 
-# %% ../nbs/41_run.ipynb #e09b8384
+# %% ../nbs/41_run.ipynb #f4094a23
 CSS = ("<style>.spin-run table{border-collapse:collapse;font-size:12px}"
        ".spin-run td,.spin-run th{padding:2px 10px;text-align:left!important}</style>")
 
@@ -94,7 +94,8 @@ def run_html(job: Job, rows: list[StepRow]) -> str:
     "Diagram with states, table of steps, and the error if there is one."
     e = lambda v: html.escape(str(v))
     secs = {r.key: r.seconds for r in rows if r.seconds is not None}
-    cells = lambda r: (r.key, r.step, r.status, f"{secs[r.key]:.1f} s" if r.key in secs else "", r.worker or "", r.attempt or "")
+    took = lambda r: f"{secs[r.key]:.1f} s" if r.key in secs else ""
+    cells = lambda r: (r.key, r.step, r.status, took(r), r.worker or "", r.attempt or "")
     head = "".join(f"<th>{c}</th>" for c in ("step", "runs", "status", "time", "worker", "attempt"))
     body = "".join("<tr>" + "".join(f"<td>{e(c)}</td>" for c in cells(r)) + "</tr>" for r in rows)
     error = ""
@@ -122,10 +123,10 @@ def show(self: Run, output: str = "video") -> Any:  # something that JupyterLab 
     import json
     return JSON(json.loads(path.read_text()))
 
-# %% ../nbs/41_run.ipynb #34b7402b
+# %% ../nbs/41_run.ipynb #a50ef095
 _local: dict[Path, Any] = {}
 
-def local_runner(home: Path | None = None) -> "LocalRunner":
+def local_runner(home: Path | None = None) -> Any:  # a `LocalRunner`
     "The process's own runner for a data folder; its kernels stay warm between runs."
     import atexit
     from myspinbot.runner import LocalRunner

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Execute', 'run_graph', 'Context', 'run_control', 'control_notebook', 'LocalRunner', 'artifacts_in', 'now', 'LocalJob']
 
-# %% ../nbs/25_runner.ipynb #789cbb09
+# %% ../nbs/25_runner.ipynb #8272d255
 import asyncio, json, os, threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +150,8 @@ def artifacts_in(value: Any) -> list[Artifact]:
     if isinstance(value, dict): value = list(value.values())
     return [a for o in value for a in artifacts_in(o)] if isinstance(value, list | tuple) else []
 
-# %% ../nbs/25_runner.ipynb #8af3aa89
-def now() -> datetime: return datetime.now(timezone.utc)
+# %% ../nbs/25_runner.ipynb #d6296ebe
+def now() -> datetime: return datetime.now(UTC)
 class LocalJob:
     "One run of a graph by a `LocalRunner`: its rows, as the journal would show them."
     def __init__(self, runner: LocalRunner, graph: Graph, params: dict[str, Any],

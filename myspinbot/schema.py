@@ -8,9 +8,9 @@ __all__ = ['MEDIA', 'SCALARS', 'Ref', 'Op', 'JobStatus', 'StepStatus', 'JOB_END'
            'ParamRef', 'PortRef', 'Condition', 'parse_value', 'dump_value', 'Node', 'Graph', 'Job', 'StepRow', 'Event',
            'StepMessage']
 
-# %% ../nbs/01_schema.ipynb #493d3c2c
+# %% ../nbs/01_schema.ipynb #70e4564f
 from datetime import datetime
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -24,13 +24,13 @@ class Wire(BaseModel):
         "Plain JSON data."
         return self.model_dump(mode="json")
 
-# %% ../nbs/01_schema.ipynb #e2f4621f
+# %% ../nbs/01_schema.ipynb #4b83d79e
 class Image(str): "Path of a picture; in a step notebook the annotation of an artifact input."
 class Audio(str): "Path of a sound file."
 class Video(str): "Path of a video file."
 class Data(str): "Path of a JSON file."
 
-MEDIA: dict[str, str] = dict(Image="image/", Audio="audio/", Video="video/", Data="application/")  # type -> media type prefix
+MEDIA: dict[str, str] = dict(Image="image/", Audio="audio/", Video="video/", Data="application/")  # -> media type
 SCALARS: tuple[str, ...] = ("str", "int", "float", "bool", "list", "dict", "any")
 
 def port_type(
@@ -45,7 +45,8 @@ def port_type(
     if s in MEDIA or s in SCALARS: return s
     for name, prefix in MEDIA.items():
         if s.startswith(prefix): return name
-    raise GraphError(f"Unknown type {s!r}.", f"Use one of {', '.join([*MEDIA, *SCALARS])}, list[...] of one, or a media type.")
+    known = ", ".join([*MEDIA, *SCALARS])
+    raise GraphError(f"Unknown type {s!r}.", f"Use one of {known}, list[...] of one, or a media type.")
 
 def is_media(t: str) -> bool:
     "Does a value of this type travel as an artifact?"
@@ -97,7 +98,7 @@ class StepSpec(Wire):
     def family(self) -> str: return self.id.split(".")[0]
     def input(self, name: str) -> Port | None: return next((p for p in self.inputs if p.name == name), None)
 
-# %% ../nbs/01_schema.ipynb #8f005489
+# %% ../nbs/01_schema.ipynb #3105c01f
 class ParamRef(Wire):
     "The value of a pipeline parameter."
     kind: Literal["param"] = "param"
@@ -109,7 +110,7 @@ class PortRef(Wire):
     node: str
     port: str
 
-Ref = Annotated[Union[ParamRef, PortRef], Field(discriminator="kind")]
+Ref = Annotated[ParamRef | PortRef, Field(discriminator="kind")]
 Op = Literal["truthy", "falsy", "eq", "ne", "lt", "le", "gt", "ge"]
 
 class Condition(Wire):
@@ -118,7 +119,7 @@ class Condition(Wire):
     op: Op = "truthy"
     value: Any = None
 
-_tagged = TypeAdapter(Annotated[Union[ParamRef, PortRef, Artifact], Field(discriminator="kind")])
+_tagged = TypeAdapter(Annotated[ParamRef | PortRef | Artifact, Field(discriminator="kind")])
 
 def parse_value(
     v: Any,  # JSON, or already one of the models
@@ -128,7 +129,8 @@ def parse_value(
     if not isinstance(v, dict): return v
     if v.get("kind") in ("param", "port", "artifact"):
         try: return _tagged.validate_python(v)
-        except ValidationError as e: raise InputError(f"Malformed {v['kind']} value {v!r:.200}: {e.errors()[0]['msg']}.") from e
+        except ValidationError as e:
+            raise InputError(f"Malformed {v['kind']} value {v!r:.200}: {e.errors()[0]['msg']}.") from e
     return {k: parse_value(o) for k, o in v.items()}
 
 def dump_value(v: Any) -> Any:

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['log', 'Running', 'worker_name', 'Worker']
 
-# %% ../nbs/24_worker.ipynb #7580da1c
-import os, socket, threading, time
+# %% ../nbs/24_worker.ipynb #c0494afb
+import socket, threading, time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -19,7 +18,7 @@ from fastcore.basics import patch
 from .artifacts import Store
 from .bridge import Bridge, Entry
 from .catalogue import Catalogue
-from .core import Conflict, NotFound, ServiceUnavailable, Settings, SpinError, as_spin_error, settings
+from .core import Conflict, ServiceUnavailable, Settings, SpinError, as_spin_error, settings
 from .events import Events
 from .executor import Executor, RunContext, StepResult
 from .journal import Journal

@@ -33,7 +33,8 @@ def test_there_are_blocks_for_every_way() -> None:
 @pytest.mark.parametrize("number", [i for i, (kind, _) in enumerate(BLOCKS) if kind == "bash"])
 def test_bash_block_runs(number: int, env: dict[str, str], tmp_path: Path) -> None:
     script = "set -euo pipefail\n" + BLOCKS[number][1]
-    r = subprocess.run(["bash", "-c", script], cwd=checkout(tmp_path), env=env, capture_output=True, text=True, timeout=580, check=False)
+    r = subprocess.run(["bash", "-c", script], cwd=checkout(tmp_path), env=env, capture_output=True, text=True,
+                       timeout=580, check=False)
     assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-3000:]
 
 
@@ -50,7 +51,8 @@ def test_python_block_runs(number: int, env: dict[str, str], tmp_path: Path) -> 
             assert up.poll() is None and time.monotonic() < end, (tmp_path / "up.log").read_text()
             time.sleep(0.5)
     try:
-        r = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400, check=False)
+        r = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True,
+                           timeout=400, check=False)
         assert r.returncode == 0, r.stderr[-3000:]
         if up: assert r.stdout.startswith("succeeded") and Path(r.stdout.split()[-1]).is_file()
     finally:

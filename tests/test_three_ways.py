@@ -72,7 +72,8 @@ def test_pipeline_notebook_runs_by_papermill_and_plays_its_video(tmp_path):
     env = os.environ | dict(SPIN_HOME=str(tmp_path / "home"))
     subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "pipelines" / "talking_portrait.ipynb"), str(out),
         "-k", "python3", "-p", "text",
-                    "Papermill says hello.", "-p", "size", "256", "--no-progress-bar"], cwd=tmp_path, env=env, check=True, capture_output=True, timeout=400)
+                    "Papermill says hello.", "-p", "size", "256", "--no-progress-bar"], cwd=tmp_path, env=env, check=True,
+                   capture_output=True, timeout=400)
     nb = nbformat.read(out, 4)
     html = "".join(str(o.get("data", {}).get("text/html", "")) for c in nb.cells if c.cell_type == "code" for o in c.outputs)
     assert "<video" in html and "data:video/mp4;base64," in html

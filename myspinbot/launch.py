@@ -114,7 +114,7 @@ def _become_kernel(request: dict[str, Any], sockets: list[socket.socket]) -> Non
         traceback.print_exc()
         os._exit(1)
 
-# %% ../nbs/21_launch.ipynb #fbd3edd9
+# %% ../nbs/21_launch.ipynb #87a83898
 class Launcher:
     "The launcher process as its owner sees it."
     def __init__(self):
@@ -180,7 +180,7 @@ def source_stamp() -> tuple[int, ...]:
     return tuple(mtime_ns(package / f"{o}.py") for o in ("__init__", "core", "schema", "step", "launch"))
 
 def mtime_ns(path: str | Path) -> int:
-    try: return os.stat(path).stmtime_ns
+    try: return os.stat(path).st_mtime_ns
     except FileNotFoundError: return 0
 
 # %% ../nbs/21_launch.ipynb #8da22b2e

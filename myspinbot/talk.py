@@ -193,7 +193,7 @@ def render(
     finally: part.unlink(missing_ok=True)
     return TalkReport(frames=n, fps=fps, size=rig.size, seconds=n / fps, sound_seconds=seconds)
 
-# %% ../nbs/33_talk.ipynb #f1dd2152
+# %% ../nbs/33_talk.ipynb #f3a4d7ee
 def key_frames(
     track: Track,
 ) -> dict[str, int]:  # what is seen -> frame
@@ -229,8 +229,11 @@ def plot_track(
     audio: str | Path,
     phonemes: Mapping[str, Any],
     seconds: float = 6.0,  # from the beginning
-) -> Any:  # a matplotlib figure
+) -> Any:  # a PNG that notebooks show
     "Controls over the sound."
+    import io
+
+    from IPython.display import Image
     from matplotlib.figure import Figure
     level = np.concatenate([np.abs(b[0]).astype(np.float32) for b, _ in wav_blocks(audio, 512)])
     total = len(track) / track.fps
@@ -248,7 +251,8 @@ def plot_track(
     top.set(xlim=(0, end), ylim=(0, 1.15))
     low.set_xlabel("seconds")
     for ax in (top, low): ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
-    return fig
+    fig.savefig(png := io.BytesIO(), format="png", dpi=100)
+    return Image(data=png.getvalue(), format="png")
 
 def show_video(
     path: str | Path,

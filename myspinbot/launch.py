@@ -114,7 +114,7 @@ def _become_kernel(request: dict[str, Any], sockets: list[socket.socket]) -> Non
         traceback.print_exc()
         os._exit(1)
 
-# %% ../nbs/21_launch.ipynb #87a83898
+# %% ../nbs/21_launch.ipynb #19ba4793
 class Launcher:
     "The launcher process as its owner sees it."
     def __init__(self):
@@ -161,7 +161,10 @@ class Launcher:
         with contextlib.suppress(OSError): return (self.folder / "launcher.log").read_text(errors="replace")[-2000:]
         return ""
 
-    def alive(self, pid: int) -> bool: return pid not in self.exits and not self.lost
+    def alive(self, pid: int) -> bool:
+        "Does a kernel live? Not without its launcher, whose end may not have been heard of yet."
+        self.lost = self.lost or self._process.poll() is not None
+        return pid not in self.exits and not self.lost
 
     def close(self) -> None:
         "End the launcher and all its kernels."

@@ -32,8 +32,9 @@ class BuildWithNotebooks(build_py):
 class SdistWithNotebooks(sdist):
     "The source archive holds what the build reads."
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
-        notebooks = [str(o.relative_to(here)) for folder in NOTEBOOKS for o in (here / folder).rglob("*.ipynb")]
-        super().make_release_tree(base_dir, sorted({*files, "settings.ini", *notebooks}))
+        held = [o for folder in NOTEBOOKS for o in (here / folder).rglob("*") if o.is_file()]
+        own = [o.relative_to(here) for o in held if not {"__pycache__", ".ipynb_checkpoints", "spin-steps"} & set(o.parts)]
+        super().make_release_tree(base_dir, sorted({*files, "settings.ini", *map(str, own)}))
 
 
 readme = here / "README.md"

@@ -100,7 +100,7 @@ def stop_on_signal() -> threading.Event:
     for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, on)
     return stop
 
-# %% ../nbs/60_cli.ipynb #8e55889f
+# %% ../nbs/60_cli.ipynb #f0caa269
 @app.command(rich_help_panel="Processes")
 def control() -> None:
     "Run a conductor, the reconciler and the HTTP API until stopped."
@@ -144,17 +144,22 @@ def worker(
 
 @app.command(hidden=True)
 def dashboards(port: int = 8866, host: str = "127.0.0.1") -> None:
-    "Serve the dashboards with Voila."
+    "Serve the studio with Voila."
     folder = dashboards_dir()
-    os.execv(sys.executable, [sys.executable, "-m", "voila", str(folder), f"--port={port}", f"--Voila.ip={host}",
-        "--no-browser", "--VoilaConfiguration.show_tracebacks=True",
-                              "--theme=light", "--MappingKernelManager.cull_idle_timeout=600",
-                              "--MappingKernelManager.cull_interval=60"])
+    os.environ["JUPYTER_PATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("JUPYTER_PATH")])])
+    os.execv(sys.executable, [sys.executable, "-m", "voila", str(folder / "studio.ipynb"), "--template=spin", "--theme=light",
+        f"--port={port}", f"--Voila.ip={host}", "--no-browser", "--VoilaConfiguration.show_tracebacks=True",
+        "--Voila.tornado_settings={'websocket_max_message_size': 268435456}",  # a photo is larger than the usual 10 MB
+        "--MappingKernelManager.cull_idle_timeout=600", "--MappingKernelManager.cull_interval=60"])
 
 def dashboards_dir() -> Path:
-    "Where the dashboards are: beside the pipelines."
+    "Where the dashboards are: beside the pipelines, else those of this installation; raises `NotFound`."
     from myspinbot.catalogue import catalogue
-    return Path(catalogue().dir).parent / "dashboards"
+    import myspinbot
+    package = Path(myspinbot.__file__).parent
+    places = [p / "dashboards" for p in (Path(catalogue().dir).parent, package, package.parent)]
+    if found := next((p for p in places if (p / "studio.ipynb").is_file()), None): return found
+    raise NotFound(f"There is no studio.ipynb in {', '.join(map(str, places))}.", "Install MySpinBot again.")
 
 @app.command(rich_help_panel="Processes")
 def lab(port: int = 8888) -> None:

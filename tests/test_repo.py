@@ -96,6 +96,7 @@ def test_an_installed_package_brings_its_pipelines_and_dashboards(copy: Path, tm
     tool("python", "-c", build, str(out), cwd=copy)
     with zipfile.ZipFile(next(out.glob("*.whl"))) as z: held = set(z.namelist())
     wanted = {f"myspinbot/{p.relative_to(ROOT)}" for p in notebooks("pipelines", "dashboards")}
+    wanted.add("myspinbot/dashboards/voila/templates/spin/index.html.j2")
     assert wanted <= held
     assert not any(n.startswith(("tests/", "nbs/")) for n in held)
 

@@ -30,6 +30,13 @@ BROWSER = next((b for n in ("chromium", "chromium-browser", "google-chrome") if 
 _png = io.BytesIO()
 Image.new("RGB", (4, 4), "red").save(_png, "PNG")
 PNG = _png.getvalue()
+PHOTO = """
+from myspinbot.graph import Pipeline
+from myspinbot.schema import Image
+p = Pipeline("photo", title="Photo")
+p.param("picture", Image, default="")
+p.output(value=p.step("toy.mark").value)
+"""
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
          "--disable-sync")
 
@@ -46,9 +53,13 @@ def text_of(w: W.Widget) -> str:
 
 
 @pytest.fixture
-def site(farm: Any) -> Farm:
+def site(farm: Any, tmp_path: Path) -> Farm:
     "A conductor and a worker on toy pipelines."
-    f = farm(TOYS)
+    folder = tmp_path / "pipelines"
+    shutil.copytree(TOYS, folder)
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PHOTO, metadata=dict(tags=["pipeline"]))]),
+                   folder / "photo.ipynb")
+    f = farm(folder)
     f.start("control")
     f.start("w1")
     return f
@@ -148,7 +159,7 @@ def voila(site: Farm) -> Iterator[SimpleNamespace]:
     "The dashboard as `myspinbot up` serves it, on a port of its own."
     from myspinbot.services import free_port
     port = free_port(0)
-    command = [sys.executable, "-m", "voila", str(PAGE), f"--port={port}", "--no-browser", "--show_tracebacks=True"]
+    command = [sys.executable, "-m", "myspinbot.cli", "dashboards", f"--port={port}"]
     env = os.environ | site.env
     with open(site.logs / "voila.log", "wb") as log:
         p = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
@@ -174,11 +185,14 @@ def test_page_runs_in_voila_without_an_error(voila: SimpleNamespace) -> None:
 if BROWSER:  # elsewhere the page is still executed by Voila in the test above
     def test_person_makes_reloads_cancels_and_retries_in_a_browser(voila: SimpleNamespace, tmp_path: Path) -> None:
         from playwright.sync_api import expect, sync_playwright
-        site, gate = voila.site, tmp_path / "gate"
+        site, gate, asked = voila.site, tmp_path / "gate", []
+        photo = tmp_path / "photo.png"
+        Image.frombytes("RGB", (2048, 2048), os.urandom(2048 * 2048 * 3)).save(photo, compress_level=0)
         with sync_playwright() as p, p.chromium.launch(executable_path=BROWSER, args=[*FLAGS]) as browser:
             page = browser.new_page(viewport=dict(width=1280, height=1000))
             page.set_default_timeout(90_000)
             expect.set_options(timeout=60_000)
+            page.on("request", lambda r: asked.append(r.url))
             page.goto(voila.url)
             expect(page.locator("button.spin-go")).to_have_text("Run Branches")
             page.locator("textarea").first.fill(str(gate))
@@ -196,5 +210,15 @@ if BROWSER:  # elsewhere the page is still executed by Voila in the test above
             expect(page.locator(".spin-job code")).to_have_text(job.id)
             expect(page.locator(".spin-job p .spin-badge")).to_have_text("succeeded")
             expect(page.locator(".spin-job svg")).to_be_visible()
+            page.locator(".spin-card select").first.select_option("Photo")
+            with page.expect_file_chooser() as chooser: page.get_by_text("Choose a file").click()
+            chooser.value.set_files(photo)
+            expect(page.locator(".spin-field img")).to_be_visible()
+            page.locator("button.spin-go").click()
+            expect(page.locator(".spin-job h1")).to_have_text("Photo")
+            expect(page.locator(".spin-job p .spin-badge")).to_have_text("succeeded")
             page.screenshot(path=tmp_path / "studio.png")
-        assert [(j.status, j.params["gate"]) for j in site.client.jobs()] == [("succeeded", str(gate))]
+        assert [u for u in asked if not u.startswith((voila.url, "data:", "blob:"))] == [], "nothing is fetched elsewhere"
+        second, first = site.client.jobs()
+        assert (first.status, first.params["gate"]) == ("succeeded", str(gate))
+        assert second.params["picture"].size == photo.stat().st_size

@@ -500,5 +500,5 @@ def demo(
         stop.set()
         if stack: stack.stop()
 
-# %% ../nbs/60_cli.ipynb #bd7a4f9e
-if __name__ == "__main__": main()
+# %% ../nbs/60_cli.ipynb #27c53526
+if __name__ == "__main__" and __spec__ is not None: main()  # `python -m myspinbot.cli`, but not in the notebook

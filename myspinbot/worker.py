@@ -151,7 +151,7 @@ def republish(self: Worker, row: StepRow) -> bool:  # False: Redis is away; the 
     self.insist(self.journal.mark_published, [(row.job, row.key, entry)])
     return True
 
-# %% ../nbs/24_worker.ipynb #1327e612
+# %% ../nbs/24_worker.ipynb #f9aa26c6
 @patch
 def beat(self: Worker) -> None:
     "Renew everything once."
@@ -182,7 +182,7 @@ def listen_cancel(self: Worker, stop: threading.Event) -> None:
                 stop=stop)
             if (what := state.get((o.row.job, o.row.key), "lost")) != "ok": o.stop = what
 
-# %% ../nbs/24_worker.ipynb #d8268689
+# %% ../nbs/24_worker.ipynb #2b0ae4c6
 @patch
 def take(self: Worker, count: int) -> list[Entry]:
     "Up to `count` entries; blocks for at most a second."

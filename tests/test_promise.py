@@ -179,3 +179,40 @@ def test_events_tell_the_whole_story(farm):
     assert story[0][1] == "queued" and story[-1] == ("", "succeeded")
     for key in ("marks[0]", "marks[1]"): assert [s for k, s in story if k == key] == ["queued", "running", "succeeded"]
     assert json.dumps([e.to_json() for e in seen])
+
+
+def approval_pipeline(f):
+    from myspinbot.graph import Pipeline
+    p = Pipeline("asks", catalogue=f.client.catalogue)
+    before = p.step("toy.mark", id="before", name="before")
+    ask = p.approve("Go on?", show=before.value, id="ask")
+    after = p.step("toy.mark", id="later", name="later", after=[ask])
+    p.output(value=after.value)
+    return p
+
+
+def test_approval_holds_the_expensive_step_until_a_person_answers_even_over_a_killed_conductor(farm):
+    f = farm(TOYS)
+    f.start("control")
+    f.start("w1")
+    job = f.client.submit(approval_pipeline(f)).id
+    wait_for("the job waits", lambda: f.client.job(job).status == "waiting" and f.step(job, "ask").status == "waiting")
+    f.kill("control")
+    f.start("control2")
+    wait_for("the new conductor has the job", lambda: f.client.job(job).epoch == 2)
+    assert f.step(job, "later") is None and f.client.job(job).status in ("running", "waiting")
+    f.client.approve(job, "ask", True)
+    assert f.done(job).status == "succeeded"
+    assert [o[0] for o in f.runs() if o[1] == "start"] == ["before", "later"]
+
+
+def test_declined_approval_fails_the_job_and_nothing_after_it_runs(farm):
+    f = farm(TOYS)
+    f.start("control")
+    f.start("w1")
+    job = f.client.submit(approval_pipeline(f)).id
+    wait_for("the job waits", lambda: f.client.job(job).status == "waiting")
+    f.client.approve(job, "ask", False, "not good")
+    done = f.done(job)
+    assert done.status == "failed" and "Go on?" in done.error["message"]
+    assert f.step(job, "later").status == "skipped" and [o[0] for o in f.runs() if o[1] == "start"] == ["before"]

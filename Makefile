@@ -15,8 +15,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 demo: $(VENV)/.installed  ## a video from the sample portrait
 	$(BIN)/myspinbot demo
 
-test: $(VENV)/.dev  ## all lessons and tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## all lessons and tests, two at a time
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
 
 lint: $(VENV)/.dev  ## style of the exported package and the tests, layers of the modules
 	$(BIN)/ruff check myspinbot tests setup.py

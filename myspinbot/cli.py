@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'out', 'err', 'COLORS', 'Json', 'JobId', 'main', 'print_error', 'show_json', 'status_text', 'table',
            'parse_params', 'client', 'full_id', 'job_json', 'step_json', 'log_to_stderr', 'stop_on_signal', 'control',
-           'worker', 'dashboards', 'dashboards_dir', 'lab', 'up', 'down', 'status', 'checks', 'doctor', 'watch_job',
-           'report', 'submit', 'read_table', 'batch', 'jobs', 'show', 'logs', 'act', 'cancel', 'retry', 'rerun',
-           'approve', 'pipelines', 'steps', 'demo']
+           'worker', 'dashboards', 'dashboards_dir', 'lab', 'up', 'down', 'health_text', 'status', 'checks', 'doctor',
+           'watch_job', 'report', 'submit', 'read_table', 'batch', 'jobs', 'show', 'logs', 'act', 'cancel', 'retry',
+           'rerun', 'approve', 'pipelines', 'steps', 'demo']
 
 # %% ../nbs/60_cli.ipynb #ac004afb
 import csv, json, logging, os, shutil, signal, sys, threading, time
@@ -168,7 +168,7 @@ def lab(port: int = 8888) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", f"--port={port}",
         f"--ServerApp.root_dir={Path(catalogue().dir).parent}", *(["--allow-root"] if os.geteuid() == 0 else [])])
 
-# %% ../nbs/60_cli.ipynb #1ebe40ee
+# %% ../nbs/60_cli.ipynb #ef819cab
 @app.command(rich_help_panel="Services")
 def up(
     workers: Annotated[int | None, typer.Option(help="Workers to start; default SPIN_WORKERS.")] = None,
@@ -211,6 +211,16 @@ def down(timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 90.0
     if as_json: show_json(dict(stopped=bool(state), home=str(home)))
     else: out.print("Stopped." if state else f"Nothing was up in {home}.")
 
+def health_text(h: dict[str, Any]) -> str:
+    "One line about a server."
+    if not h["ok"]: return f"[red]down[/] {escape(h['error'])}"
+    counts = [f"{what}: {', '.join(f'{n} {s}' for s, n in h[what].items()) or 'none'}" for what in ("jobs", "steps")
+              if isinstance(h.get(what), dict)]
+    busy = [f"{s['queue']} {s['priority']}: {s['waiting']} waiting, {s['pending']} at work" for s in h.get("streams", {}).values()
+            if s["length"]]
+    if "streams" in h: counts = [*(busy or ["queues empty"]), f"{h['dead']} dead letters"]
+    return f"[green]ok[/]  {'; '.join(counts)}"
+
 @app.command(rich_help_panel="Services")
 def status(as_json: Json = False) -> None:
     "What runs: services, queues, jobs."
@@ -222,9 +232,7 @@ def status(as_json: Json = False) -> None:
     for key in ("api", "dashboards"):
         if state and state.get(key): out.print(f"{key:<12} {state[key]}")
     for name in ("postgres", "redis"):
-        h = dict(health[name])
-        ok = h.pop("ok")
-        out.print(f"{name:<12} {'[green]ok[/]' if ok else '[red]down[/]'} {escape(json.dumps(h, default=str))}")
+        out.print(f"{name:<12} {health_text(health[name])}")
 
 # %% ../nbs/60_cli.ipynb #1ae826fd
 def checks() -> Iterator[tuple[str, bool, str, str]]:
@@ -268,7 +276,7 @@ def doctor(as_json: Json = False) -> None:
             if not ok: out.print(f"        [b]{escape(mend)}[/]")
     if not all(ok for _, ok, _, _ in rows): raise typer.Exit(1)
 
-# %% ../nbs/60_cli.ipynb #1f3335fb
+# %% ../nbs/60_cli.ipynb #d4799b29
 def watch_job(c: Any, id: str, quiet: bool = False) -> Any:
     "Follow a job with one progress bar per step; returns the ended job."
     if quiet: return c.wait(id)
@@ -289,6 +297,7 @@ def watch_job(c: Any, id: str, quiet: bool = False) -> Any:
                 if s in ("succeeded", "cached"):
                     bars.start_task(t)
                     bars.update(t, completed=1.0, note="")
+                if s in ("failed", "cancelled", "skipped"): bars.update(t, total=0, completed=0)
                 if s in ("succeeded", "cached", "failed", "cancelled", "skipped"): bars.stop_task(t)
     return c.job(id)
 

@@ -152,7 +152,7 @@ def steps_html(
         if not found: lines.append(step_line(n.id, "pending", None, None))
     return f'<div class="spin-steps">{"".join(lines)}</div>'
 
-# %% ../nbs/50_look.ipynb #fcf4f12f
+# %% ../nbs/50_look.ipynb #5d00d291
 def numbers(
     data: Any,         # JSON
     prefix: str = "",
@@ -173,8 +173,9 @@ def numbers_html(
     if not isinstance(data, Mapping): return ""
     gates = data.get("gates") if isinstance(data.get("gates"), list) else []
     mark = lambda ok: f'<span class="{"yes" if ok else "no"}">{"✓" if ok else "✗"}</span>'
-    rows = [f"<tr><td>{mark(g.get('ok'))} {esc(g.get('name', ''))}</td><td>{esc(dict(numbers(g)).get('value', ''))}</td>"
-            f"<td class='soft'>{esc(g.get('limit', ''))} {esc(g.get('note', ''))}</td></tr>" for g in gates if isinstance(g, Mapping)]
+    row = lambda g: (f"<tr><td>{mark(g.get('ok'))} {esc(g.get('name', ''))}</td><td>{esc(dict(numbers(g)).get('value', ''))}"
+                     f"</td><td class='soft'>{esc(g.get('limit', ''))} {esc(g.get('note', ''))}</td></tr>")
+    rows = [row(g) for g in gates if isinstance(g, Mapping)]
     if not rows: rows = [f"<tr><td>{esc(k)}</td><td>{esc(v)[:200]}</td></tr>" for k, v in [*numbers(data)][:most]]
     return f'<table class="spin-table">{"".join(rows)}</table>' if rows else ""
 

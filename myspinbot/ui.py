@@ -133,7 +133,7 @@ def results(client: Any, job: Job) -> list[W.Widget]:
     found = [(n, result_widget(client, n, v)) for n, v in sorted(job.outputs.items(), key=lambda o: rank(o[1]))]
     return [w for n, shown in found if shown is not None for w in (W.HTML(f"<h2>{esc(n)}</h2>"), shown)]
 
-# %% ../nbs/50_ui.ipynb #639877ab
+# %% ../nbs/50_ui.ipynb #4627585d
 def guarded(fn: Callable) -> Callable:
     "Show an error of a button in the view's `trouble` box; nothing is lost in a log that no one reads."
     @wraps(fn)
@@ -155,7 +155,8 @@ class JobView:
         self.jpeg, self.asked, self.stop, self.dirty = b"", None, threading.Event(), threading.Event()
         self.stale, self.followed = True, False  # is there something new to read? has the last event come?
         self.head, self.diagram, self.steps, self.told, self.error, self.trouble = (W.HTML() for _ in range(6))
-        self.preview = W.Image(format="jpeg", layout=W.Layout(display="none", max_height="260px", width="auto", object_fit="contain"))
+        shape = W.Layout(display="none", max_height="260px", width="auto", object_fit="contain")
+        self.preview = W.Image(format="jpeg", layout=shape)
         self.cancel, self.retry = W.Button(description="Cancel"), W.Button(description="Retry",
                                                                                         icon="refresh")
         self.cancel.on_click(lambda _: self.act(self.client.cancel))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the tests start hundreds of processes
+
 
 def free_port() -> int:
     with socket.socket() as s:

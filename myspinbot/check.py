@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Place', 'refs_in', 'needs_of', 'dependencies', 'topological', 'matches', 'show_ref', 'Scope', 'check_node',
            'check_condition', 'problems', 'validate_graph', 'revive', 'plain', 'as_type', 'resolve_params',
-           'params_from_text', 'file_values', 'replace_files', 'store_files']
+           'params_from_text', 'file_values', 'replace_files', 'check_file', 'store_files']
 
 # %% ../nbs/03_check.ipynb #1ffff806
 import json
@@ -271,7 +271,7 @@ def params_from_text(
                 raise InputError(f"{name} takes {kind}, but got {text!r:.80}.", _HOW.get(kind, _HOW["list"])) from None
     return values
 
-# %% ../nbs/03_check.ipynb #85fa399f
+# %% ../nbs/03_check.ipynb #a7f6abfd
 Place = tuple[str | int, ...]  # ("params", name, index...) or ("nodes", node id, input, index...)
 
 def _paths(v: Any, place: Place) -> Iterator[tuple[Place, str]]:
@@ -310,17 +310,40 @@ def replace_files(
     nodes = tuple(n.model_copy(update=dict(inputs=inputs[n.id])) for n in graph.nodes)
     return graph.model_copy(update=dict(nodes=nodes)), values
 
+def check_file(
+    where: str,  # the parameter, for the message
+    path: str,
+    kind: str,   # Image, Audio, Video or Data
+) -> None:
+    "Raise `InputError` for a file that is not there, is empty, or is a text where a picture, sound or film is due."
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise InputError(f"{where}: there is no file {path!r}.", f"Relative paths start at {Path.cwd()}.", path=path)
+    with open(file, "rb") as f: head = f.read(400)
+    if not head: raise InputError(f"{where}: {path!r} is empty.", f"Give a file of type {kind}.", path=path)
+    if kind == "Data": return
+    try: text = head.decode()
+    except UnicodeDecodeError: return
+    if "<svg" in text or not all(c.isprintable() or c.isspace() for c in text): return
+    raise InputError(f"{where}: {path!r} is no {kind.lower()} but a text that begins {text[:30]!r}.", path=path)
+
 def store_files(
     graph: Graph,
     params: Mapping[str, Any],       # resolved
     store: Any,                      # has `put_file(path) -> Artifact`
     steps: Catalogue | None = None,  # default: `catalogue()`
 ) -> tuple[Graph, dict[str, Any]]:
-    "Store every file that graph and parameters name; raises `InputError` for one that is not there."
-    found, stored = file_values(graph, params, steps), {}
+    "Store every file that graph and parameters name; raises `InputError` for one that is not there or not what is due."
+    found, stored, params_kind = file_values(graph, params, steps), {}, {p.name: p.type for p in graph.params}
+    kinds = {}
     for place, path in found:
-        if not Path(path).expanduser().is_file():
-            raise InputError(f"{'.'.join(map(str, place[1:]))}: there is no file {path!r}.",
-                             f"Relative paths start at {Path.cwd()}.", path=path)
+        if place[0] == "params": kind = params_kind[place[1]]
+        else: kind = (steps or catalogue()).step(graph.node(place[1]).step).input(place[2]).type
+        kinds[place] = kind.removeprefix("list[").removesuffix("]")
+        check_file(".".join(map(str, place[1:])), path, kinds[place])
     for path in dict.fromkeys(path for _, path in found): stored[path] = store.put_file(Path(path).expanduser())
+    for place, path in found:
+        got, kind = stored[path].media_type, kinds[place]
+        if kind != "Data" and got.split("/")[0] in ("image", "audio", "video") and not got.startswith(MEDIA[kind]):
+            raise InputError(f"{'.'.join(map(str, place[1:]))}: {path!r} is {got}, not {kind.lower()}.", path=path)
     return replace_files(graph, params, {place: stored[path] for place, path in found})

@@ -234,7 +234,7 @@ def status(as_json: Json = False) -> None:
     for name in ("postgres", "redis"):
         out.print(f"{name:<12} {health_text(health[name])}")
 
-# %% ../nbs/60_cli.ipynb #1ae826fd
+# %% ../nbs/60_cli.ipynb #f0d7eabb
 def checks() -> Iterator[tuple[str, bool, str, str]]:
     "What MySpinBot needs: name, is it there, what was found, the command that mends it."
     import importlib.util
@@ -259,10 +259,12 @@ def checks() -> Iterator[tuple[str, bool, str, str]]:
     yield "disk", free > 2, f"{free:.0f} GB free", "Free 2 GB, or set SPIN_HOME to another disk."
     ram = psutil.virtual_memory().available / 1e9
     yield "memory", ram > 1.5, f"{ram:.1f} GB available", "Close something: a talking portrait needs about 1.5 GB."
-    steps = catalogue().steps()
-    found = f"{len(steps)} steps, {len(catalogue().pipelines())} pipelines"
-    there = any(s.kind == "notebook" for s in steps.values())
-    yield "catalogue", there, found, "Set SPIN_PIPELINES_DIR to the folder with the pipelines."
+    try:
+        steps = catalogue().steps()
+        there = any(s.kind == "notebook" for s in steps.values())
+        found, mend = f"{len(steps)} steps, {len(catalogue().pipelines())} pipelines", "Set SPIN_PIPELINES_DIR."
+    except SpinError as e: there, found, mend = False, e.message, e.hint
+    yield "catalogue", there, found, mend
     yield "language model", True, settings().llm_base_url or "not set: give a text, not a topic (SPIN_LLM_BASE_URL)", ""
 
 @app.command(rich_help_panel="Services")

@@ -870,6 +870,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'myspinbot.run.LiveView.__init__': ('run.html#liveview.__init__', 'myspinbot/run.py'),
                                'myspinbot.run.Pipeline.run': ('run.html#pipeline.run', 'myspinbot/run.py'),
                                'myspinbot.run.Pipeline.submit': ('run.html#pipeline.submit', 'myspinbot/run.py'),
+                               'myspinbot.run.Pipeline.to_langgraph': ('run.html#pipeline.to_langgraph', 'myspinbot/run.py'),
                                'myspinbot.run.Run': ('run.html#run', 'myspinbot/run.py'),
                                'myspinbot.run.Run.__init__': ('run.html#run.__init__', 'myspinbot/run.py'),
                                'myspinbot.run.Run.__repr__': ('run.html#run.__repr__', 'myspinbot/run.py'),

@@ -123,7 +123,7 @@ def show(self: Run, output: str = "video") -> Any:  # something that JupyterLab 
     import json
     return JSON(json.loads(path.read_text()))
 
-# %% ../nbs/41_run.ipynb #a50ef095
+# %% ../nbs/41_run.ipynb #9537f658
 _local: dict[Path, Any] = {}
 
 def local_runner(home: Path | None = None) -> Any:  # a `LocalRunner`
@@ -167,6 +167,12 @@ def submit(self: Pipeline, *, client: Client | None = None, priority: str = "nor
     "Send to the workers; returns at once."
     client = client or Client()
     return job_run(client, client.submit(self, params, priority=priority, idempotency_key=idempotency_key).id)
+
+@patch
+def to_langgraph(self: Pipeline, execute: Callable[[Any], Any]) -> Any:  # a compiled `StateGraph`
+    "The steps as a LangGraph application of your own; `execute(task)` is a coroutine that gives a `Result`."
+    from myspinbot.plan import to_langgraph
+    return to_langgraph(self, execute)
 
 def job_run(
     client: Client,

@@ -33,8 +33,9 @@ def test_there_are_blocks_for_every_way() -> None:
 @pytest.mark.parametrize("number", [i for i, (kind, _) in enumerate(BLOCKS) if kind == "bash"])
 def test_bash_block_runs(number: int, env: dict[str, str], tmp_path: Path) -> None:
     script = "set -euo pipefail\n" + BLOCKS[number][1]
-    r = subprocess.run(["bash", "-c", script], cwd=checkout(tmp_path), env=env, capture_output=True, text=True,
-                       timeout=580, check=False)
+    try: r = subprocess.run(["bash", "-c", script], cwd=checkout(tmp_path), env=env, capture_output=True, text=True,
+                            timeout=580, check=False)
+    finally: subprocess.run([sys.executable, "-m", "myspinbot.cli", "down"], env=env, capture_output=True, check=False)
     assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-3000:]
 
 

@@ -27,21 +27,26 @@ from .schema import STEP_END, Event, Job, StepMessage, StepRow, StepSpec
 
 log = structlog.get_logger("myspinbot.conductor")
 
-# %% ../nbs/26_conductor.ipynb #ebabb446
+# %% ../nbs/26_conductor.ipynb #974b2e12
 Key = tuple[str, str]  # job, step key
 
 class Waiter:
     "Futures for step rows that somebody else will end."
     def __init__(self, journal: Journal):
-        self.journal, self.futures, self.hinted = journal, {}, asyncio.Event()
-        self.loop, self.keys = asyncio.get_running_loop(), set()
+        self.journal, self.loop = journal, asyncio.get_running_loop()
+        self.futures: dict[Key, set[asyncio.Future]] = {}  # one for each that waits: a retried job may have two at once
+        self.keys: set[Key] = set()                        # rows to look at
+        self.hinted = asyncio.Event()
 
     async def row(self, job: str, key: str) -> StepRow:
         "The ended row."
-        f = self.futures.setdefault((job, key), self.loop.create_future())
+        waiting = self.futures.setdefault((job, key), set())
+        waiting.add(f := self.loop.create_future())
         self.hint(job, key)  # it may have ended before we began to wait
-        try: return await asyncio.shield(f)
-        finally: self.futures.pop((job, key), None)
+        try: return await f
+        finally:
+            waiting.discard(f)
+            if not waiting and self.futures.get((job, key)) is waiting: del self.futures[job, key]
 
     def hint(self, job: str, key: str) -> None:
         "Look at this row soon; at all of them when some hints may have been missed."
@@ -58,14 +63,15 @@ class Waiter:
             except TimeoutError: look = set(self.futures)
             self.keys, _ = set(), self.hinted.clear()
             if not look: continue
+            waiting = {k: list(self.futures[k]) for k in look}  # not those that begin to wait while the query runs
             try: rows = await asyncio.to_thread(self.journal.waiting_results, sorted(look))
             except ServiceUnavailable as e:
                 log.warning("journal does not answer", error=str(e))
                 await asyncio.sleep(poll_s)
                 continue
             for row in rows:
-                f = self.futures.get((row.job, row.key))
-                if f and not f.done() and row.status in STEP_END: f.set_result(row)
+                for f in waiting[row.job, row.key]:
+                    if not f.done() and row.status in STEP_END: f.set_result(row)
 
 # %% ../nbs/26_conductor.ipynb #53cef925
 class Conductor:
@@ -228,13 +234,14 @@ def reconcile(self: Conductor) -> int:  # rows published again
     if rows: self.journal.mark_published([(r.job, r.key, id) for r, id in zip(rows, ids, strict=True)])
     return len(rows)
 
-# %% ../nbs/26_conductor.ipynb #18ff9180
+# %% ../nbs/26_conductor.ipynb #da055877
 @patch
 async def take_jobs(self: Conductor) -> None:
     "Lease what is free and run it."
     free = self.max_jobs - len(self.jobs)
     if free <= 0: return
     for job in await self.db(self.journal.lease_jobs, self.name, self.cfg.lease_s, free):
+        if mine := self.jobs.pop(job.id, None): mine[1].cancel()  # cancelled and retried before we heard of it
         task = asyncio.create_task(self.run_job(job), name=job.id)
         self.jobs[job.id] = (job, task)
         task.add_done_callback(lambda t, id=job.id: self.job_done(id, t))

@@ -27,7 +27,7 @@ from .schema import Event, StepMessage, StepRow
 
 log = structlog.get_logger("myspinbot.worker")
 
-# %% ../nbs/24_worker.ipynb #4af54cf9
+# %% ../nbs/24_worker.ipynb #08e6dc0f
 @dataclass
 class Running:
     "A step in a slot."
@@ -51,7 +51,7 @@ class Worker:
         self.name, self.cfg, self.drain_s = name, cfg or settings(), drain_s
         self.pool = KernelPool(max_runs=self.cfg.kernel_max_runs, max_mb=self.cfg.kernel_max_mb)
         self.executor = Executor(store, catalogue, self.pool, self.cfg.home / "scratch" / name.replace(":", "-"))
-        self.running: dict[tuple[str, str], Running] = {}
+        self.running: dict[tuple[str, str, int], Running] = {}
         self.changed = threading.Condition()  # guards `running`
         self.entries: list[Entry] = []        # one for each slot in use
 
@@ -75,7 +75,7 @@ class Worker:
                 time.sleep(wait)
                 wait = min(5.0, wait * 2)
 
-# %% ../nbs/24_worker.ipynb #c8aef399
+# %% ../nbs/24_worker.ipynb #24187592
 @patch
 def handle(self: Worker, entry: Entry) -> None:
     "Take one message to its end; never raises for what a message or a step does."
@@ -86,14 +86,15 @@ def handle(self: Worker, entry: Entry) -> None:
     row = self.insist(self.journal.claim_step, msg.job, msg.key, self.name, self.cfg.lease_s)
     if row is None: return self.insist(self.bridge.finish, entry, None)
     run = Running(entry, row)
-    with self.changed: self.running[row.job, row.key] = run
+    mine = (row.job, row.key, row.attempt)  # an earlier attempt may still be on its way out
+    with self.changed: self.running[mine] = run
     try:
         self.tell(row.job, "step", row.key, status="running", worker=self.name, attempt=row.attempt)
         log.info("step started", job=row.job, key=row.key, step=row.step, attempt=row.attempt)
         result = self.execute(run)
         self.settle(run, result)
     finally:
-        with self.changed: del self.running[row.job, row.key]
+        with self.changed: del self.running[mine]
 
 @patch
 def execute(self: Worker, run: Running) -> StepResult:
@@ -151,16 +152,16 @@ def republish(self: Worker, row: StepRow) -> bool:  # False: Redis is away; the 
     self.insist(self.journal.mark_published, [(row.job, row.key, entry)])
     return True
 
-# %% ../nbs/24_worker.ipynb #f9aa26c6
+# %% ../nbs/24_worker.ipynb #52db8093
 @patch
 def beat(self: Worker) -> None:
     "Renew everything once."
-    with self.changed: held = list(self.running.values())
+    with self.changed: held = [o for o in self.running.values() if o.stop is None]
     if not held: return
     states = self.journal.renew_steps([(o.row.job, o.row.key, o.row.attempt) for o in held], self.cfg.lease_s)
     for o in held:
         state = states.get((o.row.job, o.row.key), "lost")
-        if state != "ok" and o.stop is None:
+        if state != "ok":
             log.warning("step must stop", job=o.row.job, key=o.row.key, why=state)
             o.stop = state
     self.bridge.renew([o.entry for o in held if o.stop is None], self.name)

@@ -218,3 +218,18 @@ def test_declined_approval_fails_the_job_and_nothing_after_it_runs(farm):
     done = f.done(job)
     assert done.status == "failed" and "Go on?" in done.error["message"]
     assert f.step(job, "later").status == "skipped" and [o[0] for o in f.runs() if o[1] == "start"] == ["before"]
+
+
+def test_cancel_and_retry_at_once_gives_one_result(farm, tmp_path):
+    f, gate = farm(TOYS, lease_s=1.5), tmp_path / "gate"
+    f.start("control")
+    f.start("w1")
+    job = f.client.submit("branches", dict(gate=str(gate))).id
+    for n in range(1, 5):
+        at_work = lambda n=n: (r := f.step(job, "slow")) and (r.status, r.attempt) == ("running", n)
+        wait_for(f"attempt {n} of the slow step at work", at_work)
+        f.client.cancel(job)
+        f.client.retry(job)
+    gate.touch()
+    assert f.done(job, 60).status == "succeeded"
+    assert (f.step(job, "slow").attempt, f.client.job(job).outputs["slow"]) == (5, "x")

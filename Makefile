@@ -33,8 +33,8 @@ check: $(VENV)/.dev  ## notebooks clean, package in sync, README current: nothin
 readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
 	$(BIN)/python -c 'from myspinbot.dev import build_readme; print(*build_readme() or ["README.md is current"])'
 
-bench: $(VENV)/.dev  ## benchmarks; each prints a table
-	@for f in tests/bench/*.py; do echo "== $$f"; $(BIN)/python $$f || exit 1; done
+bench: $(VENV)/.dev  ## speed and memory, the peers beside; one table (BENCH=flow: only that part)
+	$(BIN)/python tests/bench/run.py $(BENCH)
 
 lab: $(VENV)/.installed  ## JupyterLab on this checkout
 	$(BIN)/myspinbot lab

@@ -6,7 +6,7 @@
 __all__ = ['log', 'Key', 'Waiter', 'Conductor']
 
 # %% ../nbs/26_conductor.ipynb #ba1ef2ed
-import asyncio, threading
+import asyncio, contextlib, threading
 from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
@@ -314,7 +314,9 @@ async def main(self: Conductor, stop: threading.Event) -> None:
         for t in [*loops, *(t for _, t in running)]: t.cancel()
         await asyncio.gather(*(t for _, t in running), return_exceptions=True)
         ended.set()
-        for job, _ in running: await asyncio.to_thread(self.journal.release_job, job.id, job.epoch)
+        with contextlib.suppress(ServiceUnavailable):
+            for job, _ in running: await asyncio.to_thread(self.journal.release_job, job.id, job.epoch)
+        with contextlib.suppress(ServiceUnavailable): await asyncio.to_thread(self.bridge.forget_conductor, self.name)
 
 @patch
 def run(self: Conductor, stop: threading.Event) -> None:

@@ -38,14 +38,18 @@ async def run_graph(
 
     @entrypoint()
     async def job(_name: str) -> None:
-        running = {step(t): t.key for t in plan.start()}
+        running, ended = {}, asyncio.Queue()  # a queue: asyncio.wait would visit every running step for each that ends
+        def start(tasks: list[Task]) -> None:
+            for t in tasks:
+                running[f := step(t)] = t.key
+                f.add_done_callback(ended.put_nowait)
         try:
+            start(plan.start())
             while running:
-                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for f in done:
-                    key = running.pop(f)
-                    results[key] = f.result()
-                    running |= {step(t): t.key for t in plan.apply(key, results[key])}
+                f = await ended.get()
+                key = running.pop(f)
+                results[key] = f.result()
+                start(plan.apply(key, results[key]))
         finally:
             for f in running: f.cancel()
 
@@ -95,19 +99,18 @@ def control_notebook(
     error: SpinError | None = None,
 ) -> bytes:  # an .ipynb file
     "The record of a control step as a small notebook."
-    import nbformat
-    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
     show = lambda v: json.dumps(dump_value(v), indent=2, ensure_ascii=False)
     body = f"raise {error.to_dict()['type']}" if error else "outputs"
-    out = new_output("error", ename=type(error).__name__, evalue=str(error), traceback=[str(error)]) if error else \
-        new_output("execute_result", data={"text/plain": show(outputs)}, execution_count=1)
+    out = dict(output_type="error", ename=type(error).__name__, evalue=str(error), traceback=[str(error)]) if error else \
+        dict(output_type="execute_result", data={"text/plain": show(outputs)}, metadata={}, execution_count=1)
     said = f"# {spec.title or spec.id}\n{spec.description}\n\nA control step: it ran in the conductor."
-    cells = [new_markdown_cell(said),
-             new_code_cell(f"inputs = {show(inputs)}", metadata={"tags": ["parameters"]}),
-             new_code_cell(body, execution_count=1, outputs=[out])]
-    nb = new_notebook(cells=cells, metadata={"myspinbot": {"id": spec.id, "version": spec.version,
-        "status": "failed" if error else "succeeded"}})
-    return nbformat.writes(nb).encode("utf-8", "surrogatepass")
+    code = dict(cell_type="code", execution_count=None, metadata={}, outputs=[])
+    cells = [dict(id="about", cell_type="markdown", metadata={}, source=said),
+             code | dict(id="inputs", metadata={"tags": ["parameters"]}, source=f"inputs = {show(inputs)}"),
+             code | dict(id="run", source=body, execution_count=1, outputs=[out])]
+    about = dict(id=spec.id, version=spec.version, status="failed" if error else "succeeded")
+    nb = dict(cells=cells, metadata=dict(myspinbot=about), nbformat=4, nbformat_minor=5)
+    return json.dumps(nb, ensure_ascii=False, indent=1).encode("utf-8", "surrogatepass")
 
 # %% ../nbs/25_runner.ipynb #674d12ad
 class LocalRunner:

@@ -1204,6 +1204,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'myspinbot.worker.Worker.heartbeat': ('worker.html#worker.heartbeat', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.insist': ('worker.html#worker.insist', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.listen_cancel': ('worker.html#worker.listen_cancel', 'myspinbot/worker.py'),
+                                  'myspinbot.worker.Worker.look_after': ('worker.html#worker.look_after', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.not_running': ('worker.html#worker.not_running', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.pending': ('worker.html#worker.pending', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.republish': ('worker.html#worker.republish', 'myspinbot/worker.py'),

@@ -1,9 +1,15 @@
 """Steps that do nothing but say when: a notebook, and a plug-in package with a control step, for load tests and the bench."""
 import os
-from collections.abc import Mapping
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import nbformat
+import psutil
+from farm import Farm
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from myspinbot.schema import Graph, Node, ParamRef, Port, PortRef
@@ -61,3 +67,36 @@ def chain(step: str, length: int, name: str = "chain") -> Graph:
     nodes = tuple(Node(id=f"n{i}", step=step, inputs=dict(value=ref(i)) | job) for i in range(length))
     params = (Port(name="value", type="int", default=0), Port(name="job", type="str", default=""))
     return Graph(name=name, params=params, nodes=nodes, outputs=dict(value=PortRef(node=f"n{length - 1}", port="value")))
+
+
+@contextmanager
+def installation(witness: bool = False) -> Iterator[Farm]:
+    "An installation with servers of its own and the product's default settings; its processes know both steps."
+    from myspinbot.core import Settings
+    from myspinbot.embedded import Embedded
+    with tempfile.TemporaryDirectory(prefix="spin") as name:
+        folder, default = Path(name), Settings.model_fields
+        servers, farm = Embedded(folder / "servers"), None
+        try:
+            urls = servers.start()
+            add_plugin(folder / "plugin")
+            farm = Farm(folder / "farm", urls.redis_url, urls.postgres_url, write_pipelines(folder / "pipelines"),
+                        lease_s=default["lease_s"].default)
+            farm.env = with_plugin(farm.env, folder / "plugin") | dict(SPIN_SCAN_S=str(default["scan_s"].default))
+            if not witness: del farm.env["SPIN_WITNESS"]
+            yield farm
+        finally:
+            if farm: farm.close()
+            servers.stop()
+
+
+def add_plugin(folder: Path) -> Path:
+    "Let this process know the plug-in, too."
+    sys.path.insert(0, str(write_plugin(folder)))
+    import_module("spin_noops")
+    return folder
+
+
+def memory_mb(pid: int) -> float:
+    "Resident memory."
+    return psutil.Process(pid).memory_info().rss / 2**20

@@ -5,11 +5,19 @@
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import redis
 from farm import Farm, wait_for
-from noops import chain, installation, memory_mb
+from noops import add_plugin, chain, installation, memory_mb, with_plugin, write_pipelines
+
+from myspinbot.attempts import step_params
+from myspinbot.conductor import Conductor
+from myspinbot.keys import work_stream
+from myspinbot.schema import StepRow
 
 NOTEBOOK_EACH = 50  # one job in so many has a notebook step; the others have a control step
 CALLS = 40          # of each list
@@ -133,3 +141,40 @@ def test_a_long_queue_drains_and_a_long_history_stays_quick() -> None:
     assert not slow, slow
     early, late = max(seen["memory"][:len(seen["memory"]) // 3]), max(seen["memory"])
     assert late < early * 1.2 + 20, seen["memory"]
+
+
+def test_conductor_killed_amid_200_control_steps_repeats_only_what_was_not_committed(farm: Callable, tmp_path: Path) -> None:
+    plugin = add_plugin(tmp_path / "plugin")
+    f = farm(write_pipelines(tmp_path / "pipelines"), lease_s=1.5)
+    f.env = with_plugin(f.env, plugin)
+    ids = [f.client.submit(chain("noop.control", 40), dict(value=1000 * i)).id for i in range(5)]
+    f.start("control")
+    rows = lambda: [r for id in ids for r in f.client.steps(id)]
+    wait_for("sixty steps done", lambda: sum(r.status == "succeeded" for r in rows()) >= 60)
+    f.kill("control")
+    before = {(r.job, r.key): r for r in rows() if r.status == "succeeded"}
+    assert 60 <= len(before) < 200
+    f.start("control2")
+    for i, id in enumerate(ids): assert f.done(id).outputs == dict(value=1000 * i + 40)
+    after, runs = {(r.job, r.key): r for r in rows()}, Counter((o[0], o[1]) for o in f.runs())
+    assert len(after) == 200 and {r.status for r in after.values()} == {"succeeded"}
+    assert all(runs[k] == 1 and after[k] == r for k, r in before.items())
+    again = {k for k, n in runs.items() if n > 1}
+    assert len(again) <= len(ids) and all(runs[k] == after[k].attempt == 2 for k in again)  # each job had one step under way
+
+
+def test_every_queued_step_is_published_again_however_many_wait(farm: Callable, tmp_path: Path, redis_url: str) -> None:
+    f, n = farm(write_pipelines(tmp_path / "pipelines")), 2500
+    c = f.client
+    conductor = Conductor(c.journal, c.bridge, c.events, c.store, c.catalogue, "reconciler", f.cfg)
+    c.submit(chain("noop.notebook", 1))
+    [job] = c.journal.lease_jobs("reconciler", 600, 1)
+    row = lambda i: StepRow(job=job.id, key=f"n0[{i}]", node="n0", step="noop.notebook")
+    conductor.dispatch_many([step_params(row(i), job.epoch) | dict(status="queued") for i in range(n)])
+    waiting = lambda: c.bridge.stats()["streams"].get(work_stream("cpu"), {}).get("length", 0)
+    assert waiting() == n and conductor.reconcile() == 0
+    redis.Redis.from_url(redis_url).flushall()
+    assert sum(conductor.reconcile() for _ in range(2)) == n == waiting()
+    r, lost = redis.Redis.from_url(redis_url), c.journal.queued_steps(limit=n)[n - 10:]  # what a promoted replica lacks
+    assert r.xdel(work_stream("cpu"), *[o.entry_id for o in lost]) == 10
+    assert sum(conductor.reconcile() for _ in range(4)) == 10 and waiting() == n

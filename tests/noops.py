@@ -22,6 +22,11 @@ from myspinbot.catalogue import ControlContext, control_step
 
 @control_step("noop.control", dict(value="int"))
 async def control(ctx: ControlContext, value: int = 0) -> dict:
+    "Nothing, from the cache if it can be."
+    return dict(value=value + 1)
+
+@control_step("noop.effect", dict(value="int"), cache=False)
+async def effect(ctx: ControlContext, value: int = 0) -> dict:
     "Write down that it runs, where somebody wants to know."
     if where := os.environ.get("SPIN_WITNESS"):
         with open(where, "a") as f: f.write(f"{ctx.job} {ctx.key} {os.getpid()} {time.time():.6f}\\n")

@@ -147,7 +147,7 @@ def test_conductor_killed_amid_200_control_steps_repeats_only_what_was_not_commi
     plugin = add_plugin(tmp_path / "plugin")
     f = farm(write_pipelines(tmp_path / "pipelines"), lease_s=1.5)
     f.env = with_plugin(f.env, plugin)
-    ids = [f.client.submit(chain("noop.control", 40), dict(value=1000 * i)).id for i in range(5)]
+    ids = [f.client.submit(chain("noop.effect", 40), dict(value=1000 * i)).id for i in range(5)]
     f.start("control")
     rows = lambda: [r for id in ids for r in f.client.steps(id)]
     wait_for("sixty steps done", lambda: sum(r.status == "succeeded" for r in rows()) >= 60)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Place', 'refs_in', 'needs_of', 'dependencies', 'topological', 'matches', 'show_ref', 'Scope', 'check_node',
-           'check_condition', 'problems', 'validate_graph', 'revive', 'plain', 'as_type', 'resolve_params',
-           'params_from_text', 'file_values', 'replace_files', 'check_file', 'store_files']
+           'check_condition', 'problems', 'check_literals', 'validate_graph', 'explain', 'read_graph', 'plain',
+           'as_type', 'resolve_params', 'params_from_text', 'check_key', 'file_values', 'replace_files', 'check_file',
+           'store_files']
 
 # %% ../nbs/03_check.ipynb #1ffff806
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from pydantic import ValidationError
 
 from .catalogue import Catalogue, catalogue
 from .core import GraphError, InputError, NotFound, SpinError
-from .schema import MEDIA, Artifact, Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec, is_media
-from .schema import parse_value, port_type
+from .schema import MEDIA, Artifact, Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec, check_json
+from .schema import is_media, parse_value, port_type, revive, show_value, text_problem
 from .spec import did_you_mean, fits, type_of
 
 # %% ../nbs/03_check.ipynb #6c37ca8d
@@ -115,7 +116,7 @@ class Scope:
         elif isinstance(value, dict) and want in ("dict", "any"):
             for k, o in value.items(): self.check(o, "any", f"{where}[{k!r}]")
         elif not fits(value, want):
-            raise GraphError(f"{where} takes {want}, but got {value!r:.80} ({type_of(value)}).",
+            raise GraphError(f"{where} takes {want}, but got {show_value(value)} ({type_of(value)}).",
                              f"Give a value of type {want}, or a reference.")
 
     def offer(self, ref: ParamRef | PortRef, want: str) -> str:
@@ -132,7 +133,7 @@ def check_node(scope: Scope, node: Node, spec: StepSpec, inputs: dict[str, Any])
     for name, value in inputs.items():
         where = f"{node.id}.{name} ({spec.id})"
         if name not in ports:
-            yield GraphError(f"{spec.id} has no input {name!r}.", did_you_mean(name, ports, "inputs"), node=node.id)
+            yield GraphError(f"{spec.id} has no input {show_value(name)}.", did_you_mean(name, ports, "inputs"), node=node.id)
             continue
         want = spec.input(name).type
         try: scope.check(value, f"list[{want}]" if name in node.each else want, where)
@@ -160,7 +161,8 @@ def check_condition(scope: Scope, c: Condition) -> None:
         raise GraphError(f"{show_ref(c.ref)} is {kind}, which has no {c.op!r} comparison.",
                          "Compare a number or a text, or use it as it is.")
     if not matches(type_of(c.value), kind):
-        raise GraphError(f"{show_ref(c.ref)} is {kind}; comparing it with {c.value!r:.60} is never meant.")
+        raise GraphError(f"{show_ref(c.ref)} is {kind}; comparing it with {show_value(c.value)} is never meant.",
+                         f"Compare it with a value of type {kind}.")
 
 def problems(graph: Graph, steps: Mapping[str, StepSpec]) -> Iterator[GraphError]:
     "Everything that is wrong with a graph."
@@ -168,26 +170,34 @@ def problems(graph: Graph, steps: Mapping[str, StepSpec]) -> Iterator[GraphError
     if not graph.nodes: yield GraphError(f"Pipeline {graph.name!r} has no steps.", "Add one with p.step(...).")
     for p in graph.params:
         if p.name in scope.params: yield GraphError(f"The parameter {p.name!r} is declared twice.", "Keep one.")
-        try: scope.params[p.name] = p.model_copy(update=dict(type=port_type(p.type)))
-        except GraphError as e: yield GraphError(f"Parameter {p.name}: {e.message}", e.hint)
+        scope.params[p.name] = p
     for n in graph.nodes:
-        if n.id in scope.nodes: yield GraphError(f"Two steps have the id {n.id!r}.", "Rename one.")
+        if n.id in scope.nodes: yield GraphError(f"Two steps have the id {n.id!r}.", "Rename one.", node=n.id)
         if n.step not in steps:
-            yield GraphError(f"Unknown step {n.step!r}.", did_you_mean(n.step, steps, "steps"), node=n.id)
+            yield GraphError(f"{n.id}: unknown step {show_value(n.step)}.", did_you_mean(n.step, steps, "steps"), node=n.id)
         else: scope.nodes[n.id] = (n, steps[n.step])
     for n, spec in scope.nodes.values():
         try: inputs = parse_value(n.inputs)
-        except InputError as e: yield GraphError(f"{n.id}: {e.message}", node=n.id)
+        except InputError as e: yield GraphError(f"{n.id}: {e.message}", e.hint, node=n.id)
         else: yield from check_node(scope, n, spec, inputs)
     for name, ref in graph.outputs.items():
         try: scope.of(ref)
         except GraphError as e: yield GraphError(f"Output {name!r}: {e.message}", e.hint)
+
+def check_literals(graph: Graph) -> None:
+    "Raise `GraphError` for a value in the graph that no job could carry, or for too much in all."
+    values = dict(title=graph.title, description=graph.description,
+                  params={p.name: dict(default=p.default, help=p.help) for p in graph.params},
+                  nodes={n.id: n.inputs if n.when is None else n.inputs | {"when": n.when.value} for n in graph.nodes})
+    try: check_json(values, f"{graph.name}: ")
+    except InputError as e: raise GraphError(e.message, e.hint) from e
 
 def validate_graph(
     graph: Graph,
     catalogue: Catalogue,
 ) -> None:
     "Raise `GraphError` if the graph cannot run with these steps; its `problems` field lists all that was found."
+    check_literals(graph)
     steps = catalogue.steps()
     found = list(problems(graph, steps))
     for n in graph.nodes:
@@ -201,18 +211,51 @@ def validate_graph(
     if not found: return
     more = f" ({len(found) - 1} more in `problems`.)" if len(found) > 1 else ""
     raise GraphError(found[0].message, found[0].hint + more,
-                     **{**found[0].fields, "problems": [str(o) for o in found]}) from found[0]
+                     **{**found[0].fields, "problems": [str(o) for o in found[:50]]}) from found[0]
+
+# %% ../nbs/03_check.ipynb #7fd3a73d
+_FIELDS = {*Graph.model_fields, *Node.model_fields, *Port.model_fields, *Condition.model_fields}
+
+def explain(
+    errors: Sequence[Mapping[str, Any]],  # of a pydantic `ValidationError`
+    root: str,                            # what was validated, such as "graph"
+) -> tuple[str, str]:  # message and hint
+    "What pydantic found, for a person."
+    told, hint = [], ""
+    for o in errors[:3]:
+        *above, last = [root, *o["loc"]]
+        up = "".join(f"[{p}]" if isinstance(p, int) else f".{str(p)[:60]}" for p in above).lstrip(".")
+        at = f"{up}[{last}]" if isinstance(last, int) else f"{up}.{str(last)[:60]}".lstrip(".")
+        if o["type"] == "missing": told.append(f"{up or last} lacks {show_value(last)}")
+        elif o["type"] == "extra_forbidden":
+            told.append(f"{up} has no field {show_value(last)}")
+            hint = hint or did_you_mean(str(last), _FIELDS)
+        elif o["type"] == "too_long":
+            told.append(f"{at} holds {len(o['input'])}, but {o['ctx']['max_length']} is the most")
+        else:
+            msg = o["msg"].removeprefix("Value error, ").rstrip(".")
+            told.append(f"{at} is {show_value(o['input'])}: {msg[:1].lower() + msg[1:]}")
+    more = f" ({len(errors) - 3} more.)" if len(errors) > 3 else ""
+    return "; ".join(told) + "." + more, hint or "Correct the value; `myspinbot pipelines --json` shows documents that are right."
+
+def read_graph(
+    doc: Any,  # JSON of a graph, from anywhere
+) -> Graph:
+    "A graph from a document; raises `GraphError` that names the place. `validate_graph` then checks what it means."
+    if isinstance(doc, Graph): return doc
+    if not isinstance(doc, Mapping):
+        raise GraphError(f"A graph is an object with name and nodes, not {show_value(doc)}.", "See Pipeline.to_graph().")
+    known, version = Graph.model_fields["schema_version"].default, doc.get("schema_version", 1)
+    if isinstance(version, int) and version > known:
+        raise GraphError(f"The graph has schema_version {show_value(version)}; this MySpinBot knows up to {known}.",
+                         "Update MySpinBot where jobs are submitted to, or export the graph with an older one.")
+    try:
+        check_json(dict(doc), "graph")
+        return Graph.model_validate(dict(doc))
+    except InputError as e: raise GraphError(e.message, e.hint) from e
+    except ValidationError as e: raise GraphError(*explain(e.errors(), "graph")) from e
 
 # %% ../nbs/03_check.ipynb #c81195d2
-def revive(v: Any) -> Any:
-    "Plain JSON with its artifacts made `Artifact`s; everything else stays as it is."
-    if isinstance(v, list | tuple): return [revive(o) for o in v]
-    if not isinstance(v, dict): return v
-    if v.get("kind") == "artifact":
-        try: return Artifact.model_validate(v)
-        except ValidationError: return v  # somebody's data that happens to have a `kind`
-    return {k: revive(o) for k, o in v.items()}
-
 def plain(v: Any) -> Any:
     "Paths as text, tuples as lists."
     if isinstance(v, Path): return str(v)
@@ -231,10 +274,15 @@ def resolve_params(
     given: Mapping[str, Any],  # parameter -> value; files as paths
 ) -> dict[str, Any]:  # a value for every parameter
     "Check names and types and fill in the defaults; raises `InputError` that names the parameter."
+    if not isinstance(given, Mapping):
+        raise InputError(f"The parameters of {graph.name} are {show_value(given)}, which is no mapping of names to values.",
+                         'Write them as {"name": value}.')
     ports, values = {p.name: p for p in graph.params}, {}
     for name in given:
         if name not in ports:
-            raise InputError(f"{graph.name} has no parameter {name!r}.", did_you_mean(name, ports, "parameters"))
+            raise InputError(f"{graph.name} has no parameter {show_value(name)}.",
+                             did_you_mean(name, ports, "parameters") or "It has no parameters at all.")
+    check_json(dict(given), f"{graph.name}: ")
     empty = lambda p: p.name not in given or (p.type in MEDIA and given[p.name] in ("", None))
     if missing := [p for p in graph.params if p.required and empty(p)]:
         told = "; ".join(f"{p.name} ({p.type}{': ' + p.help if p.help else ''})" for p in missing)
@@ -243,12 +291,17 @@ def resolve_params(
     for name, p in ports.items():
         v = revive(plain(given.get(name, p.default)))
         if not fits(v, p.type) and (name in given or p.default is not None):
-            raise InputError(f"{graph.name}: {name} takes {p.type}, but got {v!r:.80} ({type_of(v)}).", p.help,
-                             parameter=name)
+            got = "nothing (null)" if v is None else f"{show_value(v)} ({type_of(v)})"
+            fix = _GIVE.get(p.type, f"Give a value of type {p.type}.")
+            raise InputError(f"{graph.name}: {name} takes {p.type}, but got {got}.",
+                             f"{fix} {name}: {p.help}" if p.help else fix, parameter=name)
         values[name] = as_type(v, p.type)
     return values
 
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_GIVE = dict(str="Give a text.", int="Give a whole number.", float="Give a number.", bool="Give true or false.",
+             list="Give a list.", dict="Give an object with names and values.",
+             **dict.fromkeys(MEDIA, "Give the path of a file, or an artifact that was uploaded."))
 _HOW = dict(int="Write a whole number.", float="Write a number.", bool="Write true or false.",
             list='Write it as JSON, such as ["a", "b"].')
 
@@ -265,11 +318,23 @@ def params_from_text(
             elif kind == "bool": values[name] = _BOOLS[text.strip().lower()]
             elif kind in ("int", "float"): values[name] = (int if kind == "int" else float)(text)
             else: values[name] = json.loads(text)
-        except (ValueError, KeyError):
-            if kind == "any": values[name] = text
+        except (ValueError, KeyError, RecursionError) as e:
+            if kind == "any" and not isinstance(e, RecursionError): values[name] = text
             else:
-                raise InputError(f"{name} takes {kind}, but got {text!r:.80}.", _HOW.get(kind, _HOW["list"])) from None
+                raise InputError(f"{name} takes {kind}, but got {show_value(text)}.", _HOW.get(kind, _HOW["list"])) from None
     return values
+
+# %% ../nbs/03_check.ipynb #ce8cef0b
+def check_key(
+    key: Any,   # None: there is none
+    what: str,  # such as "idempotency key"
+) -> None:
+    "Raise `InputError` for what cannot serve as a key in the journal."
+    if key is None: return
+    problem = f"{show_value(key)}, which is no text" if not isinstance(key, str) else text_problem(key)
+    if not problem and not key: problem = "empty"
+    if not problem and len(key) > 200: problem = f"{len(key)} characters long"
+    if problem: raise InputError(f"The {what} is {problem}.", "Give a text of 1 to 200 characters, or leave it out.")
 
 # %% ../nbs/03_check.ipynb #a7f6abfd
 Place = tuple[str | int, ...]  # ("params", name, index...) or ("nodes", node id, input, index...)
@@ -316,10 +381,18 @@ def check_file(
     kind: str,   # Image, Audio, Video or Data
 ) -> None:
     "Raise `InputError` for a file that is not there, is empty, or is a text where a picture, sound or film is due."
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise InputError(f"{where}: there is no file {path!r}.", f"Relative paths start at {Path.cwd()}.", path=path)
-    with open(file, "rb") as f: head = f.read(400)
+    try: there = (file := Path(path).expanduser()).is_file()
+    except (OSError, RuntimeError) as e:  # a name too long, or the home of nobody
+        raise InputError(f"{where}: {show_value(path)} is no path: {getattr(e, 'strerror', None) or e}.",
+                         f"Give the path of a file of type {kind}.") from e
+    if not there:
+        said = "is a folder" if file.is_dir() else "is no plain file" if file.exists() else ""
+        raise InputError(f"{where}: {show_value(path)} {said}." if said else f"{where}: there is no file {show_value(path)}.",
+                         f"Relative paths start at {Path.cwd()}.", path=path)
+    try:
+        with open(file, "rb") as f: head = f.read(400)
+    except OSError as e:
+        raise InputError(f"{where}: {show_value(path)} cannot be read: {e.strerror}.", "Change its rights.", path=path) from e
     if not head: raise InputError(f"{where}: {path!r} is empty.", f"Give a file of type {kind}.", path=path)
     if kind == "Data": return
     try: text = head.decode()

@@ -6,7 +6,7 @@
 __all__ = ['Place', 'refs_in', 'needs_of', 'dependencies', 'topological', 'matches', 'show_ref', 'Scope', 'check_node',
            'check_condition', 'problems', 'check_literals', 'validate_graph', 'explain', 'read_graph', 'plain',
            'as_type', 'resolve_params', 'params_from_text', 'check_key', 'file_values', 'replace_files', 'check_file',
-           'store_files']
+           'check_files', 'store_files']
 
 # %% ../nbs/03_check.ipynb #1ffff806
 import json
@@ -45,7 +45,7 @@ def dependencies(graph: Graph) -> dict[str, tuple[str, ...]]:
     for id, names in needs.items():
         for name in names:
             if name not in needs:
-                raise GraphError(f"{id} needs the step {name!r}, which is not in the graph.", did_you_mean(name, needs))
+                raise GraphError(f"{id} needs the step {show_value(name)}, which is not in the graph.", did_you_mean(name, needs))
     return needs
 
 def topological(
@@ -93,13 +93,14 @@ class Scope:
         "The type of a reference; raises `GraphError` for one to nothing."
         if isinstance(ref, ParamRef):
             if ref.name in self.params: return self.params[ref.name].type
-            raise GraphError(f"There is no parameter {ref.name!r}.", did_you_mean(ref.name, self.params, "parameters"))
+            raise GraphError(f"There is no parameter {show_value(ref.name)}.",
+                             did_you_mean(ref.name, self.params, "parameters") or "The graph declares none.")
         if ref.node not in self.nodes:
-            raise GraphError(f"There is no step {ref.node!r} in the graph.",
+            raise GraphError(f"There is no step {show_value(ref.node)} in the graph.",
                              did_you_mean(ref.node, self.nodes, "steps"))
         node, spec = self.nodes[ref.node]
         if ref.port not in spec.outputs:
-            raise GraphError(f"{ref.node} ({spec.id}) has no output {ref.port!r}.",
+            raise GraphError(f"{ref.node} ({spec.id}) has no output {show_value(ref.port)}.",
                              did_you_mean(ref.port, spec.outputs, "outputs"))
         kind = port_type(spec.outputs[ref.port])
         return f"list[{kind}]" if node.each else kind
@@ -107,7 +108,9 @@ class Scope:
     def check(self, value: Any, want: str, where: str) -> None:
         "Raise `GraphError` unless the value, with references in it, can go into a port of type `want`."
         if isinstance(value, ParamRef | PortRef):
-            if matches(have := self.of(value), want): return
+            try: have = self.of(value)
+            except GraphError as e: raise GraphError(f"{where}: {e.message}", e.hint) from e
+            if matches(have, want): return
             raise GraphError(f"{where} takes {want}, but {show_ref(value)} is {have}.", self.offer(value, want),
                              have=have, want=want)
         inner = want[5:-1] if want.startswith("list[") else "any"
@@ -133,7 +136,8 @@ def check_node(scope: Scope, node: Node, spec: StepSpec, inputs: dict[str, Any])
     for name, value in inputs.items():
         where = f"{node.id}.{name} ({spec.id})"
         if name not in ports:
-            yield GraphError(f"{spec.id} has no input {show_value(name)}.", did_you_mean(name, ports, "inputs"), node=node.id)
+            yield GraphError(f"{node.id}: {spec.id} has no input {show_value(name)}.", did_you_mean(name, ports, "inputs"),
+                             node=node.id)
             continue
         want = spec.input(name).type
         try: scope.check(value, f"list[{want}]" if name in node.each else want, where)
@@ -151,7 +155,7 @@ def check_node(scope: Scope, node: Node, spec: StepSpec, inputs: dict[str, Any])
                          node=node.id)
     if node.when:
         try: check_condition(scope, node.when)
-        except GraphError as e: yield e
+        except GraphError as e: yield GraphError(f"{node.id}, when: {e.message}", e.hint, node=node.id)
 
 def check_condition(scope: Scope, c: Condition) -> None:
     "Raise `GraphError` for a condition on nothing, or one that compares what cannot be compared."
@@ -164,6 +168,7 @@ def check_condition(scope: Scope, c: Condition) -> None:
         raise GraphError(f"{show_ref(c.ref)} is {kind}; comparing it with {show_value(c.value)} is never meant.",
                          f"Compare it with a value of type {kind}.")
 
+# %% ../nbs/03_check.ipynb #0e918955
 def problems(graph: Graph, steps: Mapping[str, StepSpec]) -> Iterator[GraphError]:
     "Everything that is wrong with a graph."
     scope = Scope()
@@ -174,7 +179,7 @@ def problems(graph: Graph, steps: Mapping[str, StepSpec]) -> Iterator[GraphError
     for n in graph.nodes:
         if n.id in scope.nodes: yield GraphError(f"Two steps have the id {n.id!r}.", "Rename one.", node=n.id)
         if n.step not in steps:
-            yield GraphError(f"{n.id}: unknown step {show_value(n.step)}.", did_you_mean(n.step, steps, "steps"), node=n.id)
+            yield GraphError(f"{n.id}: Unknown step {show_value(n.step)}.", did_you_mean(n.step, steps, "steps"), node=n.id)
         else: scope.nodes[n.id] = (n, steps[n.step])
     for n, spec in scope.nodes.values():
         try: inputs = parse_value(n.inputs)
@@ -184,6 +189,7 @@ def problems(graph: Graph, steps: Mapping[str, StepSpec]) -> Iterator[GraphError
         try: scope.of(ref)
         except GraphError as e: yield GraphError(f"Output {name!r}: {e.message}", e.hint)
 
+# %% ../nbs/03_check.ipynb #5157146b
 def check_literals(graph: Graph) -> None:
     "Raise `GraphError` for a value in the graph that no job could carry, or for too much in all."
     values = dict(title=graph.title, description=graph.description,
@@ -219,24 +225,28 @@ _FIELDS = {*Graph.model_fields, *Node.model_fields, *Port.model_fields, *Conditi
 def explain(
     errors: Sequence[Mapping[str, Any]],  # of a pydantic `ValidationError`
     root: str,                            # what was validated, such as "graph"
+    fields: Iterable[str] = _FIELDS,      # that there are, for a near name
 ) -> tuple[str, str]:  # message and hint
     "What pydantic found, for a person."
-    told, hint = [], ""
+    told, hint = [], "Correct the value."
     for o in errors[:3]:
-        *above, last = [root, *o["loc"]]
+        *above, last = [*([root] if root else []), *o["loc"]]
         up = "".join(f"[{p}]" if isinstance(p, int) else f".{str(p)[:60]}" for p in above).lstrip(".")
         at = f"{up}[{last}]" if isinstance(last, int) else f"{up}.{str(last)[:60]}".lstrip(".")
         if o["type"] == "missing": told.append(f"{up or last} lacks {show_value(last)}")
         elif o["type"] == "extra_forbidden":
             told.append(f"{up} has no field {show_value(last)}")
-            hint = hint or did_you_mean(str(last), _FIELDS)
+            hint = did_you_mean(str(last), fields)
         elif o["type"] == "too_long":
-            told.append(f"{at} holds {len(o['input'])}, but {o['ctx']['max_length']} is the most")
+            told.append(f"{at} holds {len(o['input'])} items, but {o['ctx']['max_length']} are the limit")
+            hint = "Split it; many equal steps are one step with `each`."
+        elif last == "[key]": told.append(f"{'.'.join(above[:-1])} has the name {show_value(o['input'])}: {o['msg']}")
+        elif o["type"] == "value_error": told.append(f"{at}: {o['msg'].removeprefix('Value error, ').rstrip('.')}")
         else:
-            msg = o["msg"].removeprefix("Value error, ").rstrip(".")
+            msg = o["msg"].rstrip(".").replace("valid tuple", "list").replace("valid dictionary", "object")
             told.append(f"{at} is {show_value(o['input'])}: {msg[:1].lower() + msg[1:]}")
     more = f" ({len(errors) - 3} more.)" if len(errors) > 3 else ""
-    return "; ".join(told) + "." + more, hint or "Correct the value; `myspinbot pipelines --json` shows documents that are right."
+    return "; ".join(told) + "." + more, hint
 
 def read_graph(
     doc: Any,  # JSON of a graph, from anywhere
@@ -400,6 +410,20 @@ def check_file(
     if "<svg" in text or not all(c.isprintable() or c.isspace() for c in text): return
     raise InputError(f"{where}: {path!r} is no {kind.lower()} but a text that begins {text[:30]!r}.", path=path)
 
+def check_files(
+    graph: Graph,
+    params: Mapping[str, Any],       # resolved
+    steps: Catalogue | None = None,  # default: `catalogue()`
+) -> tuple[list[tuple[Place, str]], dict[Place, str]]:  # as `file_values` finds them; the kind that is due at each place
+    "Look at every file that graph and parameters name; raises `InputError` for one that is not there or no such file."
+    found, params_kind, kinds = file_values(graph, params, steps), {p.name: p.type for p in graph.params}, {}
+    for place, path in found:
+        if place[0] == "params": kind = params_kind[place[1]]
+        else: kind = (steps or catalogue()).step(graph.node(place[1]).step).input(place[2]).type
+        kinds[place] = kind.removeprefix("list[").removesuffix("]")
+        check_file(".".join(map(str, place[1:])), path, kinds[place])
+    return found, kinds
+
 def store_files(
     graph: Graph,
     params: Mapping[str, Any],       # resolved
@@ -407,13 +431,7 @@ def store_files(
     steps: Catalogue | None = None,  # default: `catalogue()`
 ) -> tuple[Graph, dict[str, Any]]:
     "Store every file that graph and parameters name; raises `InputError` for one that is not there or not what is due."
-    found, stored, params_kind = file_values(graph, params, steps), {}, {p.name: p.type for p in graph.params}
-    kinds = {}
-    for place, path in found:
-        if place[0] == "params": kind = params_kind[place[1]]
-        else: kind = (steps or catalogue()).step(graph.node(place[1]).step).input(place[2]).type
-        kinds[place] = kind.removeprefix("list[").removesuffix("]")
-        check_file(".".join(map(str, place[1:])), path, kinds[place])
+    (found, kinds), stored = check_files(graph, params, steps), {}
     for path in dict.fromkeys(path for _, path in found): stored[path] = store.put_file(Path(path).expanduser())
     for place, path in found:
         got, kind = stored[path].media_type, kinds[place]

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 
 from . import __version__
 from .artifacts import LocalStore, check_sha, media_type_of, safe_name
-from .check import explain, file_values, resolve_params, validate_graph
+from .check import explain, file_values, resolve_params
 from .client import Client
 from .core import InputError, NotFound, SpinError
 from .schema import MAX_BYTES, Artifact, Graph, Job, JobStatus, Priority, StepRow, check_json, dump_value, revive, show_value
@@ -112,7 +112,6 @@ def submit(request: Request, what: Submit) -> dict[str, Any]:
         raise InputError(f"The request has {'neither pipeline nor' if what.graph is None else 'both pipeline and'} graph.",
                          "Give one: the name of a pipeline, or a graph as data.")
     graph = client.graph(what.graph if what.pipeline is None else what.pipeline)
-    if what.graph is not None: validate_graph(graph, client.catalogue)
     check_json(what.params, f"{graph.name}: ")
     params = revive(what.params)
     refuse_paths(graph, params, own=what.graph is not None, steps=client.catalogue)

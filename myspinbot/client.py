@@ -183,6 +183,7 @@ def rerun(self: Client,
 @patch
 def approve(self: Client, id: str, key: str, approved: bool = True, comment: str = "", by: str = "user") -> None:
     "Answer a step that waits for a person."
+    self.journal.job(id)
     self.journal.decide(id, key, approved, by, comment)
 
 @patch

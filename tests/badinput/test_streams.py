@@ -148,10 +148,9 @@ def test_watchers_of_a_job_live_through_garbage_events(up: Farm, redis_url: str,
     watch = [subprocess.Popen([sys.executable, "-m", "myspinbot.cli", *a], env=up.env, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, text=True)
              for a in (["logs", "-f", job], ["logs", "-f", job, "--json"])]
-    follower = subprocess.Popen([sys.executable, "-c", f"""
-from myspinbot.client import Client
-from myspinbot.cli import watch_job
-with Client() as c: print(watch_job(c, {job!r}).status)"""], env=up.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    bars = f"from myspinbot.cli import client, watch_job\nwith client() as c: print(watch_job(c, {job!r}).status)"
+    follower = subprocess.Popen([sys.executable, "-c", bars], env=up.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True)
     seen = [e for _, e in up.client.events.read(job)]
     assert sum("cannot read" in str(e.body.get("text")) for e in seen) >= 6
     gate.touch()

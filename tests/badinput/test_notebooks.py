@@ -106,7 +106,7 @@ def test_things_that_are_no_files_do_not_hide_the_others(folder: Path) -> None:
 def test_sound_but_unusual_notebooks_are_steps(folder: Path) -> None:
     good = {"magics": book(PARAMS, code("%matplotlib inline\n!true\nfiles = !ls\nx?"), metadata=about()),
             "await": book(PARAMS, code("import asyncio\nawait asyncio.sleep(0)"), metadata=about()),
-            "outputs of unknown types": book(dict(PARAMS, outputs=[dict(output_type="hologram", data=5), 7, None]), metadata=about()),
+            "outputs of unknown types": book(dict(PARAMS, outputs=[dict(output_type="hologram"), 7, None]), metadata=about()),
             "no ids, no tags": book(PARAMS, dict(cell_type="code", source=["y = 2\n", "z = 3"]), metadata=about()),
             "cell of an unknown type": book(PARAMS, dict(cell_type="poem", source="x"), metadata=about())}
     for name, content in good.items():
@@ -136,7 +136,8 @@ PIPELINES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "too many steps": (book(code("from myspinbot import Pipeline\np = Pipeline('p')\n"
                                  "for i in range(1001): p.step('toy.mark', id=f'n{i}')", "pipeline")), ("1001 items", "1000")),
     "to_graph gives a number": (book(code("class P:\n    def to_graph(self): return 5\np = P()", "pipeline")), ("5",)),
-    "to_graph raises": (book(code("class P:\n    def to_graph(self): return 1 / 0\np = P()", "pipeline")), ("ZeroDivisionError",)),
+    "to_graph raises": (book(code("class P:\n    def to_graph(self): return 1 / 0\np = P()", "pipeline")),
+                        ("ZeroDivisionError",)),
 }
 
 

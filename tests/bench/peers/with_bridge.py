@@ -1,14 +1,12 @@
-"""Our bridge in the shape of its peers. The worker is the loop of `myspinbot.worker` without the journal: one thread reads for
-the free slots, the slots do the job and finish it with a hint. `python with_bridge.py` runs it until it is terminated."""
-import signal
-import sys
+"""Our bridge in the shape of its peers; `python with_bridge.py` is its worker: threads that read for the free slots, do the
+job and finish it with a hint to the conductor."""
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from threading import Semaphore
+from collections import deque
 
 from work import SLOTS, URL, work
 
-from myspinbot.bridge import Bridge, Entry
+from myspinbot.bridge import Bridge
 from myspinbot.schema import StepMessage
 
 
@@ -26,24 +24,25 @@ def paced(n: int, gap_s: float) -> None:
             time.sleep(gap_s)
 
 
-def worker() -> None:
-    with Bridge(URL) as bridge, ThreadPoolExecutor(SLOTS) as slots:
-        free = Semaphore(SLOTS)
+class Worker:
+    "Slots that take turns in reading: who reads starts the first job of what came, with no hand-over to another thread."
+    def __init__(self, bridge: Bridge):
+        self.bridge, self.turn, self.waiting, self.busy = bridge, threading.Lock(), deque(), set()
 
-        def handle(entry: Entry) -> None:
-            work(int(entry.message.key))
-            bridge.finish(entry, {"job": entry.message.job, "key": entry.message.key})
-            free.release()
-
+    def slot(self) -> None:
         while True:
-            free.acquire()
-            count = 1
-            while count < SLOTS and free.acquire(blocking=False): count += 1
-            entries = bridge.read(["cpu"], "bench:0", count)
-            for entry in entries: slots.submit(handle, entry)
-            free.release(count - len(entries)) if len(entries) < count else None
+            with self.turn:
+                while not self.waiting:
+                    self.waiting.extend(self.bridge.read(["cpu"], "bench:0", SLOTS - len(self.busy)))
+                entry = self.waiting.popleft()
+                self.busy.add(entry.id)
+            work(int(entry.message.key))
+            self.bridge.finish(entry, {"job": entry.message.job, "key": entry.message.key})
+            self.busy.remove(entry.id)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    worker()
+    worker = Worker(Bridge(URL))
+    slots = [threading.Thread(target=worker.slot, daemon=True) for _ in range(SLOTS)]
+    for t in slots: t.start()
+    for t in slots: t.join()

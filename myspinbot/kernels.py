@@ -28,7 +28,7 @@ class Kernel:
     ):
         from jupyter_client.session import Session
         self.id, self.launcher, self.name = secrets.token_hex(4), launcher, name
-        self.family, self.runs, self.begun = "", 0, ""
+        self.family, self.runs, self.due = "", 0, {}
         self.python, self.key, began = name == "python3", secrets.token_hex(16), time.monotonic()
         self.sources, self.started_ns = [], time.time_ns()  # files of the package that it imported
         self.base = launcher.folder / self.id
@@ -135,7 +135,8 @@ def send(self: Kernel, code: str, *, silent: bool = False, expression: str = "")
     "Send a cell without waiting; its message id."
     content = dict(code=code, silent=silent, store_history=not silent, allow_stdin=False, stop_on_error=True,
                    user_expressions={"spin": expression} if expression else {})
-    return self.session.send(self.sockets["shell"], "execute_request", content)["header"]["msg_id"]
+    due, self.due = self.due, {}
+    return self.session.send(self.sockets["shell"], "execute_request", content, metadata=due)["header"]["msg_id"]
 
 @patch
 def request(self: Kernel,
@@ -156,7 +157,6 @@ def request(self: Kernel,
         now = time.monotonic()
         for channel, message in messages:
             parent = message["parent_header"].get("msg_id")
-            if channel == "shell" and parent == self.begun: self._result("begin", message["content"])
             if parent != sent: continue
             last = now
             if channel == "shell": reply = message["content"]
@@ -181,8 +181,8 @@ def call(self: Kernel, expression: str, timeout_s: float = 20.0) -> Any:
 
 @patch
 def enter(self: Kernel, context: dict[str, Any] | None, cwd: str) -> None:
-    "Prepare a run. It goes ahead of the first cell without waiting, so it costs no round trip of its own."
-    self.begun = self.send("", silent=True, expression=_inside(f"begin({context!r}, {cwd!r})"))
+    "Prepare a run. It goes with the first cell, so it costs no round trip of its own."
+    self.due = dict(spin=dict(context=context, cwd=cwd))
 
 @patch
 def _result(self: Kernel, what: str, reply: dict[str, Any]) -> Any:

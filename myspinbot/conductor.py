@@ -232,6 +232,7 @@ def reconcile(self: Conductor) -> int:  # rows published again
     rows = self.journal.unpublished(older_s=1.0, limit=2000)
     ids = self.bridge.publish_many([(r.queue, r.priority, StepMessage(job=r.job, key=r.key)) for r in rows])
     if rows: self.journal.mark_published([(r.job, r.key, id) for r, id in zip(rows, ids, strict=True)])
+    self.bridge.forget_silent(sorted({o.queue for o in self.catalogue.steps().values()}), int(3000 * self.cfg.lease_s))
     return len(rows)
 
 # %% ../nbs/26_conductor.ipynb #da055877

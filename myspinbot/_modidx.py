@@ -519,6 +519,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'myspinbot.engine._raise_as_nbclient': ('engine.html#_raise_as_nbclient', 'myspinbot/engine.py'),
                                   'myspinbot.engine.default_pool': ('engine.html#default_pool', 'myspinbot/engine.py'),
                                   'myspinbot.engine.load_notebook': ('engine.html#load_notebook', 'myspinbot/engine.py'),
+                                  'myspinbot.engine.notebook_bytes': ('engine.html#notebook_bytes', 'myspinbot/engine.py'),
                                   'myspinbot.engine.run_cell': ('engine.html#run_cell', 'myspinbot/engine.py'),
                                   'myspinbot.engine.run_cells': ('engine.html#run_cells', 'myspinbot/engine.py'),
                                   'myspinbot.engine.run_notebook': ('engine.html#run_notebook', 'myspinbot/engine.py'),

@@ -270,6 +270,11 @@ def forget_consumer(self: Bridge,
         return self._script(self._redis, FORGET, self._streams(queues), GROUP, consumer) == 0
 
 @patch
+def forget_conductor(self: Bridge, name: str) -> None:
+    "Remove a conductor's name; it holds nothing, as hints are gone when they are read."
+    with self._errors("forget_conductor"): self._script(self._redis, FORGET, [JOBS], JOBS_GROUP, name)
+
+@patch
 def forget_silent(self: Bridge,
     queues: Sequence[str],  # which queues to look at; the conductors' stream is looked at as well
     idle_ms: int,           # not heard of for so long
@@ -559,6 +564,7 @@ class MemoryBridge(_MemoryWork):
     def forget_consumer(self, queues: Sequence[str], consumer: str) -> bool:
         return not self.own_pending(queues, consumer)
 
+    def forget_conductor(self, name: str) -> None: return
     def forget_silent(self, queues: Sequence[str], idle_ms: int) -> int: return 0  # here a name lives by what it holds
 
     def finish_many(self, items: Sequence[tuple[Entry, dict[str, Any] | None]]) -> int:

@@ -116,7 +116,7 @@ def orphaned(
     name: str,  # of a file or folder
 ) -> bool:
     "Does the name end in the `process_tag` of a process of this machine that has ended?"
-    found = re.search(r"-(\d+)@(.+?)(\.part)?$", name)
+    found = re.fullmatch(r".*-(\d+)@(.+?)(\.part)?", name)
     if not found or found[2] != socket.gethostname(): return False
     try: os.kill(int(found[1]), 0)
     except ProcessLookupError: return True

@@ -714,6 +714,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'myspinbot.kernels.Kernel.__repr__': ('kernels.html#kernel.__repr__', 'myspinbot/kernels.py'),
                                    'myspinbot.kernels.Kernel._connect': ('kernels.html#kernel._connect', 'myspinbot/kernels.py'),
                                    'myspinbot.kernels.Kernel._messages': ('kernels.html#kernel._messages', 'myspinbot/kernels.py'),
+                                   'myspinbot.kernels.Kernel._opened': ('kernels.html#kernel._opened', 'myspinbot/kernels.py'),
                                    'myspinbot.kernels.Kernel._result': ('kernels.html#kernel._result', 'myspinbot/kernels.py'),
                                    'myspinbot.kernels.Kernel._signal': ('kernels.html#kernel._signal', 'myspinbot/kernels.py'),
                                    'myspinbot.kernels.Kernel.alive': ('kernels.html#kernel.alive', 'myspinbot/kernels.py'),

@@ -141,6 +141,8 @@ def _kernel_app() -> type:
         def init_metadata(self, parent: dict[str, Any]) -> dict[str, Any]:
             if due := parent["metadata"].get("spin"): _begin_or_end(**due)
             return super().init_metadata(parent)
+        def _publish_status(self, status: str, *args: Any, **kw: Any) -> None:
+            if status != "busy": super()._publish_status(status, *args, **kw)  # nobody waits for that one
     class App(IPKernelApp):
         kernel_class = Type(Kernel, IPythonKernel)
         def init_control(self, context: Any) -> None:

@@ -234,12 +234,15 @@ class KernelPool:
         timeout_s: float = 120,  # how long to wait while all kernels are in use
     ) -> Kernel:
         "A kernel to run one notebook; give it back with `release`."
-        fresh, end = fresh or name != "python3", time.monotonic() + timeout_s
+        fresh, began = fresh or name != "python3", time.monotonic()
+        end = began + timeout_s
         while True:
             with self._changed:
                 if self._closed: raise ServiceUnavailable("The kernel pool is closed.")
-                kernel, victim = self._pick(family, fresh, name), None
-                if kernel is None and self._resetting.get(family) and not fresh:
+                resetting = not fresh and self._resetting.get(family)
+                spare = not (resetting and time.monotonic() < began + 1)  # a warm one in a moment is better
+                kernel, victim = self._pick(family, fresh, name, spare), None
+                if kernel is None and resetting:
                     self._changed.wait(0.05)
                     continue
                 if kernel is None and self._total() >= self.max_kernels: victim = self._victim()
@@ -262,14 +265,14 @@ class KernelPool:
     def _total(self) -> int: return len(self._idle) + len(self._spares) + self._used
     def _usable(self, kernel: Kernel) -> bool: return kernel.alive() and kernel.current()
 
-    def _pick(self, family: str, fresh: bool, name: str) -> Kernel | None:
-        "Take a fitting kernel out of the waiting ones."
+    def _pick(self, family: str, fresh: bool, name: str, spare: bool) -> Kernel | None:
+        "Take a fitting kernel out of the waiting ones, if need be a spare one."
         if not fresh:
             for k in reversed(self._idle):
                 if k.family == family:
                     self._idle.remove(k)
                     return k
-        return self._spares.pop() if self._spares and name == "python3" else None
+        return self._spares.pop() if spare and self._spares and name == "python3" else None
 
     def _victim(self) -> Kernel | None:
         if self._idle: return self._idle.pop(0)

@@ -270,6 +270,8 @@ def reset() -> dict[str, Any]:
     ip.ast_transformers[:] = _baseline["transformers"]
     for k, v in _baseline["callbacks"].items(): ip.events.callbacks[k][:] = v
     ip.compile._filename_map.clear()
+    for o in (ip.history_manager.db_input_cache, ip.history_manager.db_output_cache, ip.kernel.session.digest_history):
+        o.clear()  # they would keep every cell's source, and grow
     left = [k for k in ip.user_ns if k == "_spin_canary" or (not k.startswith("_") and k not in ip.user_ns_hidden)]
     left += [f"thread {t.name}" for t in threading.enumerate() if not t.daemon and t not in _baseline["threads"]]
     left += [f"process {pid}" for pid in _children()]

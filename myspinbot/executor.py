@@ -192,7 +192,7 @@ class Executor:
         folder = self.scratch / f"{named}-{secrets.token_hex(4)}{process_tag()}"
         attempt = _Attempt(self, spec, context, folder)
         try:
-            for part in ("in", "out"): (folder / part).mkdir(parents=True)
+            (folder / "out").mkdir(parents=True)
             outputs = attempt.go(inputs, on_event, should_stop)
             return attempt.result("succeeded", outputs)
         except SpinError as e: return attempt.result("cancelled" if isinstance(e, Cancelled) else "failed", error=e)
@@ -224,20 +224,20 @@ class _Attempt:
         tail = Tail(out / "events.jsonl", self.context, on_event)
         told = dict(step=spec.id, folder=str(out.absolute()), outputs=spec.outputs, job=self.context.job,
                     key=self.context.key, attempt=self.context.attempt)
-        done = self.folder / f"{spec.id.replace('.', '_')}.ipynb"
         try:
             path = self.owner.catalogue.notebook(spec.id)
-            self.run = self.timed("run", run_notebook, path, done, values, pool=self.owner.pool, kernel=spec.kernel,
+            self.run = self.timed("run", run_notebook, path, None, values, pool=self.owner.pool, kernel=spec.kernel,
                 family=spec.family, timeout_s=spec.timeout_s, context=told, on_output=tail.output,
-                should_stop=should_stop, tick=tail, grace_s=self.owner.grace_s, durable=False)
+                should_stop=should_stop, tick=tail, grace_s=self.owner.grace_s)
         finally:
             tail()
             tail.flush()
-        return self.timed("store", self.keep, done)
+        return self.timed("store", self.keep)
 
-    def keep(self, done: Path) -> dict[str, Any]:
+    def keep(self) -> dict[str, Any]:
         "Store the notebook, then the outputs if there are any."
-        if done.is_file(): self.notebook = self.owner.store.put_file(done, "application/x-ipynb+json", done.name)
+        name = f"{self.spec.id.replace('.', '_')}.ipynb"
+        self.notebook = self.owner.store.put_bytes(self.run.document, "application/x-ipynb+json", name)
         if self.run.error: raise self.run.error
         return store_outputs(self.owner.store, self.spec, self.folder / "out")
 

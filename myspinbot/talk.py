@@ -32,11 +32,12 @@ def load_phonemes(
     path: str | Path,  # JSON, as `speech.piper` writes it
 ) -> dict[str, Any]:
     "Timed phonemes; raises `InputError` for a file that holds none."
-    fix = "Give the phonemes output of speech.piper."
+    fix, name = "Give the phonemes output of speech.piper.", Path(path).name
     try: found = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as e: raise InputError(f"{Path(path).name} holds no phonemes: {e!s:.200}", fix) from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{name} holds no phonemes: {e!s:.200}", fix, file=name) from e
     if not isinstance(found, dict) or "phonemes" not in found:
-        raise InputError(f"{Path(path).name} holds no phonemes, but {str(found)[:60]!r}.", fix)
+        raise InputError(f"{name} holds no phonemes, but {str(found)[:60]!r}.", fix, file=name)
     return found
 
 _rigs: dict[str, Rig] = {}  # of the last portraits: a warm kernel talks again without preparing again
@@ -88,10 +89,16 @@ def sound_seconds(
     name = Path(path).name
     fix = "Give the WAV file that speech.piper wrote."
     try:
-        with wave.open(str(path), "rb") as f: n, rate = f.getnframes(), f.getframerate()
-    except FileNotFoundError as e: raise InputError(f"There is no sound file {name}.", "Check the path.") from e
-    except (wave.Error, EOFError, OSError) as e: raise InputError(f"{name} is no WAV file: {e}.", fix) from e
-    if n < 1 or rate < 1: raise InputError(f"{name} holds no sound (0 samples).", fix)
+        with wave.open(str(path), "rb") as f:
+            n, rate, width = f.getnframes(), f.getframerate(), f.getsampwidth() * f.getnchannels()
+        there = os.path.getsize(path) // max(width, 1)
+    except FileNotFoundError as e: raise InputError(f"There is no sound file {name}.", "Check the path.", file=name) from e
+    except (wave.Error, EOFError, OSError) as e:
+        raise InputError(f"{name} is no WAV file: {e or 'it ends too early'}.", fix, file=name) from e
+    if n < 1 or rate < 1: raise InputError(f"{name} holds no sound (0 samples).", fix, file=name)
+    if there < n:
+        raise InputError(f"{name} is cut off: of {n / rate:.1f} s only about {there / rate:.1f} s are there.",
+                         "Write or copy it again.", file=name)
     return n / rate
 
 def wav_blocks(
@@ -101,7 +108,8 @@ def wav_blocks(
     "A WAV file in blocks; raises `InputError` for sample formats other than 16 bit."
     with wave.open(str(path), "rb") as f:
         if f.getsampwidth() != 2:
-            raise InputError(f"{Path(path).name} has {8 * f.getsampwidth()} bit samples.", "Use 16 bit PCM.")
+            raise InputError(f"{Path(path).name} has {8 * f.getsampwidth()} bit samples.", "Use 16 bit PCM.",
+                             file=Path(path).name)
         while data := f.readframes(samples):
             a = np.frombuffer(data, "<i2").reshape(-1, f.getnchannels())
             yield np.ascontiguousarray(a.astype(np.int32).mean(1).astype(np.int16)[None]), f.getframerate()

@@ -624,6 +624,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'myspinbot.face.grey': ('face.html#grey', 'myspinbot/face.py'),
                                 'myspinbot.face.is_dark': ('face.html#is_dark', 'myspinbot/face.py'),
                                 'myspinbot.face.load_landmarks': ('face.html#load_landmarks', 'myspinbot/face.py'),
+                                'myspinbot.face.measure_rivals': ('face.html#measure_rivals', 'myspinbot/face.py'),
                                 'myspinbot.face.predict_points': ('face.html#predict_points', 'myspinbot/face.py'),
                                 'myspinbot.face.prepare_portrait': ('face.html#prepare_portrait', 'myspinbot/face.py'),
                                 'myspinbot.face.refine_face': ('face.html#refine_face', 'myspinbot/face.py')},

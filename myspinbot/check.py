@@ -376,7 +376,8 @@ def check_file(
         raise InputError(f"{where}: {show_value(path)} is no path: {getattr(e, 'strerror', None) or e}.",
                          f"Give the path of a file of type {kind}.") from e
     if not there:
-        said = "is a folder" if file.is_dir() else "is no plain file" if file.exists() else ""
+        said = "is a folder" if file.is_dir() else "is no plain file" if file.exists() else \
+            "is a link that leads to no file" if file.is_symlink() else ""
         raise InputError(f"{where}: {show_value(path)} {said}." if said else f"{where}: there is no file {show_value(path)}.",
                          f"Relative paths start at {Path.cwd()}.", path=path)
     try:

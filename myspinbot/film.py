@@ -185,7 +185,7 @@ def contact_sheet(
 def save_png(rgb: np.ndarray, path: str | Path) -> Path:
     "Write a picture as PNG."
     from PIL import Image
-    Image.fromarray(rgb).save(path, "PNG")
+    Image.fromarray(rgb).save(path, "PNG", compress_level=3)  # half the time of the default, a twentieth larger
     return Path(path)
 
 def thumbnail(

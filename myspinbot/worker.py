@@ -168,16 +168,26 @@ def heartbeat(self: Worker, stop: threading.Event) -> None:
     while not stop.wait(self.cfg.lease_s / 3):
         try: self.beat()
         except ServiceUnavailable as e: log.warning("heartbeat had no answer", error=str(e))
+        except Exception as e: log.error("heartbeat failed; the next one may not", exc_info=e)
 
 @patch
 def listen_cancel(self: Worker, stop: threading.Event) -> None:
     "A cancelled job's steps stop at once, not at the next heartbeat."
-    for job in self.bridge.follow_cancel(stop):
-        with self.changed: held = [o for o in self.running.values() if job in (o.row.job, "") and o.stop is None]
-        for o in held:
-            state = self.insist(self.journal.renew_steps, [(o.row.job, o.row.key, o.row.attempt)], self.cfg.lease_s,
-                stop=stop)
-            if (what := state.get((o.row.job, o.row.key), "lost")) != "ok": o.stop = what
+    while not stop.wait(0.0):
+        try:
+            for job in self.bridge.follow_cancel(stop): self.look_after(job, stop)
+        except Exception as e:
+            log.error("listening for cancellations failed; trying again", exc_info=e)
+            stop.wait(1.0)
+
+@patch
+def look_after(self: Worker, job: str, stop: threading.Event) -> None:
+    "Ask the journal whether the steps of a job, or of all jobs for an empty id, may still run."
+    with self.changed: held = [o for o in self.running.values() if job in (o.row.job, "") and o.stop is None]
+    for o in held:
+        state = self.insist(self.journal.renew_steps, [(o.row.job, o.row.key, o.row.attempt)], self.cfg.lease_s,
+            stop=stop)
+        if (what := state.get((o.row.job, o.row.key), "lost")) != "ok": o.stop = what
 
 # %% ../nbs/24_worker.ipynb #2b0ae4c6
 @patch

@@ -258,6 +258,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'myspinbot.catalogue.Catalogue.control': ( 'catalogue.html#catalogue.control',
                                                                                 'myspinbot/catalogue.py'),
                                      'myspinbot.catalogue.Catalogue.errors': ('catalogue.html#catalogue.errors', 'myspinbot/catalogue.py'),
+                                     'myspinbot.catalogue.Catalogue.graph': ('catalogue.html#catalogue.graph', 'myspinbot/catalogue.py'),
                                      'myspinbot.catalogue.Catalogue.graphs': ('catalogue.html#catalogue.graphs', 'myspinbot/catalogue.py'),
                                      'myspinbot.catalogue.Catalogue.notebook': ( 'catalogue.html#catalogue.notebook',
                                                                                  'myspinbot/catalogue.py'),

@@ -339,6 +339,8 @@ def create_app(
                                              "Send an object, with Content-Type: application/json."))
         if first["loc"] == ("body",) and first["type"] == "missing":
             return error_response(InputError("The request has no body.", "Send a JSON object."))
+        if first["loc"] == ("body",) and isinstance(first["input"], bytes):
+            return error_response(InputError("The body is not marked as JSON.", "Send it with Content-Type: application/json."))
         told, hint = explain(e.errors(), "", {*Submit.model_fields, *Answer.model_fields, *Rerun.model_fields})
         return error_response(InputError(told, f"{hint} See /docs."))
 

@@ -20,7 +20,7 @@ from typing import Any
 from fastcore.basics import patch
 
 from .core import ConfigError, GateFailed, GraphError, NotFound, Settings, SpinError, hash_bytes, settings
-from .schema import Port, StepSpec, port_type, show_value
+from .schema import Graph, Port, StepSpec, port_type, show_value
 from .spec import NotebookError, cells_of, comments_in, did_you_mean, load_step, make_spec, modules_hash
 from .spec import package_dir, read_notebook, source_hash, without_comments
 
@@ -228,11 +228,22 @@ def pipeline(self: Catalogue, name: str) -> Any:
     return space[next(iter(built.values()))]
 
 @patch
-def graphs(self: Catalogue) -> tuple[dict[str, Any], dict[str, SpinError]]:  # by name: graph, why there is none
+def graph(self: Catalogue, name: str) -> Graph:
+    "What a pipeline notebook builds, as data; raises `NotFound`, `NotebookError` or `GraphError`."
+    built, fix = self.pipeline(name), "Let it build a Pipeline."
+    try: graph = built.to_graph()
+    except SpinError: raise
+    except (Exception, SystemExit) as e:
+        raise NotebookError(f"{name}.ipynb: its to_graph() raised {type(e).__name__}: {e}.", fix) from e
+    if isinstance(graph, Graph): return graph
+    raise NotebookError(f"{name}.ipynb: its to_graph() gave {show_value(graph)}, which is no Graph.", fix)
+
+@patch
+def graphs(self: Catalogue) -> tuple[dict[str, Graph], dict[str, SpinError]]:  # by name: graph, why there is none
     "Every pipeline as a graph; one that cannot be built does not hide the others."
     found, errors = {}, {}
     for name in self.pipelines():
-        try: found[name] = self.pipeline(name).to_graph()
+        try: found[name] = self.graph(name)
         except SpinError as e: errors[name] = e
     return found, errors
 

@@ -64,7 +64,7 @@ class Client:
 def graph(self: Client, pipeline: "str | Pipeline | Graph | Mapping[str, Any]") -> Graph:
     "The graph of a pipeline given by name, object or as data; raises `GraphError`, `InputError` or `NotFound`."
     if isinstance(pipeline, Graph | Mapping): return read_graph(pipeline)
-    if isinstance(pipeline, str): pipeline = self.catalogue.pipeline(pipeline)
+    if isinstance(pipeline, str): return self.catalogue.graph(pipeline)
     if hasattr(pipeline, "to_graph"): return pipeline.to_graph()
     raise InputError(f"A pipeline is a name, a Pipeline or a graph, not {show_value(pipeline)}.", "See `myspinbot pipelines`.")
 
@@ -183,6 +183,7 @@ def rerun(self: Client,
 @patch
 def approve(self: Client, id: str, key: str, approved: bool = True, comment: str = "", by: str = "user") -> None:
     "Answer a step that waits for a person."
+    self.journal.job(id)
     self.journal.decide(id, key, approved, by, comment)
 
 @patch

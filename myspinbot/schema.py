@@ -76,15 +76,15 @@ def check_json(
             continue
         key, v = item
         path[len(todo) - 1:] = [key]
+        room -= 2 + (len(key) if isinstance(key, str) else 0) + (len(v) if isinstance(v, str) else 4)
+        if room < 0: refuse(f"passes the limit of {max_bytes / 2**20:g} MB for all together",
+                            "Put large data into a file and pass that.")
         problem, fix = _bad(v)
         if problem: refuse(f"is {problem}", fix)
         if isinstance(todo[-1], _Items) and (not isinstance(key, str) or text_problem(key)):
             path.pop()
             refuse(f"has the key {show_value(key)}, which is {text_problem(key) if isinstance(key, str) else 'no text'}",
                    "Keys are texts.")
-        room -= 2 + (len(key) if isinstance(key, str) else 0) + (len(v) if isinstance(v, str) else 4)
-        if room < 0: refuse(f"passes the limit of {max_bytes / 2**20:g} MB for all together",
-                            "Put large data into a file and pass that.")
         if not isinstance(v, dict | list | tuple): continue
         if len(todo) > MAX_DEPTH: refuse(f"is more than {MAX_DEPTH} levels deep", "Flatten it, or pass a file.")
         todo.append(_Items(v.items()) if isinstance(v, dict) else iter(enumerate(v)))

@@ -415,7 +415,7 @@ def check_picture(
     except UnidentifiedImageError as e:
         by_name = mimetypes.guess_type(file.name)[0] or ""
         if by_name.startswith("image/") and file.suffix.lower() not in Pillow.registered_extensions(): return
-        raise InputError(f"{where} is no picture; it begins with the bytes {head[:8].hex(' ')}.",
+        raise InputError(f"{where} is no picture, or a damaged one; it begins with the bytes {head[:8].hex(' ')}.",
                          "Give a JPEG, PNG or WebP file.") from e
     except (OSError, SyntaxError, ValueError, EOFError) as e:
         raise InputError(f"{where} is damaged: {e}.", "Copy or download it again.") from e

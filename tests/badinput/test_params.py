@@ -268,3 +268,17 @@ def test_batch_yaml_is_refused_before_the_first_job(name: str, home: Farm, tmp_p
     said = cli(home, "batch", "fan", str(tmp_path / "rows.yaml"))
     assert all(w in said for w in YAMLS[name][1]), said
     nothing_left(home)
+
+
+def test_path_in_an_untyped_parameter_is_not_read_on_the_worker(farm: Callable[..., Farm], tmp_path: Path) -> None:
+    up, secret = farm(Path(__file__).parent / "pipelines"), tmp_path / "secret.png"
+    secret.write_bytes(b"\x89PNG\r\n\x1a\n secret")
+    up.start("control")
+    up.start("w1")
+    graph = Graph(name="g", params=(Port(name="free", type="any"),),
+                  nodes=(Node(id="a", step="toy.size", inputs=dict(picture=ParamRef(name="free"))),),
+                  outputs=dict(size=dict(kind="port", node="a", port="size")))
+    job = up.done(up.client.submit(graph, dict(free=str(secret))).id)
+    assert job.status == "failed" and "picture takes Image, but got the path" in job.error["message"] and job.error["hint"]
+    typed = graph.model_copy(update=dict(params=(Port(name="free", type="Image"),)))
+    assert up.done(up.client.submit(typed, dict(free=str(secret))).id).outputs == dict(size=15)

@@ -157,9 +157,9 @@ class MemoryJournal:
         self.change_job(j, status="waiting" if waiting else "running")
         return True
 
-    def end_job(self, job: str, epoch: int | None, **to: Any) -> bool:
+    def end_job(self, job: str, fence: int | None, **to: Any) -> bool:
         self.transaction += 1
-        if not (j := self.live(job, epoch)): return False
+        if not (j := self.live(job, fence)): return False
         now = self.clock()
         self.change_job(j, ended_at=now, owner=None, lease_until=None, **to)
         for s in self.by_job[job].values():

@@ -28,7 +28,7 @@ def moment(seconds: float | None) -> datetime | None:
 class MemoryJournal:
     "Jobs, steps, events and approvals in this process; every call is one transaction."
     def __init__(self, clock: Callable[[], float]):
-        self.clock, self.transaction = clock, 0
+        self.clock, self.transaction, self.new_id = clock, 0, new_id
         self.job_rows: dict[str, Row] = {}
         self.step_rows: dict[tuple[str, str], Row] = {}
         self.by_job: dict[str, dict[str, Row]] = {}
@@ -89,7 +89,7 @@ class MemoryJournal:
         self.transaction += 1
         if priority not in PRIORITIES: raise InputError(f"Unknown priority {priority!r}.")
         to_pg(dict(params, idempotency_key=idempotency_key, parent=parent, id=id))
-        id, plain = id or new_id(), graph.to_json()
+        id, plain = id or self.new_id(), graph.to_json()
         request = hash_json([plain, dump_value(dict(params)), list(fresh)])
         if old := self.job_rows.get(id) or self.job_rows.get(self.keys.get(idempotency_key, "")):
             if old["request"] != request: raise Conflict(f"The idempotency key {idempotency_key or id!r} belongs to {old['id']}.")

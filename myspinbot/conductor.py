@@ -313,7 +313,9 @@ async def main(self: Conductor, stop: threading.Event) -> None:
         for t in [*loops, *(t for _, t in running)]: t.cancel()
         await asyncio.gather(*(t for _, t in running), return_exceptions=True)
         ended.set()
-        for job, _ in running: await asyncio.to_thread(self.journal.release_job, job.id, job.epoch)
+        for job, _ in running:
+            try: await asyncio.to_thread(self.journal.release_job, job.id, job.epoch)
+            except ServiceUnavailable as e: log.warning("job not released; its lease runs out", job=job.id, error=str(e))
 
 @patch
 def run(self: Conductor, stop: threading.Event) -> None:

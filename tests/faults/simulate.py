@@ -10,6 +10,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +167,11 @@ class Executor:
         kind, w = sim.script(job, key), sim.world
         sim.ran.append((job, key, attempt, self.process.name, w.now))
         sim.trace("run", f"{job} {key} attempt {attempt}: {kind}")
-        end = w.now + sim.random.random() * (0.4 if kind != "long" else 2.5 * LEASE)
+        end = w.now + sim.random.random() * (1.2 if kind != "long" else 3 * LEASE)
         while w.now < end:
             w.park(min(0.4, end - w.now))
             if why := should_stop(): return StepResult("cancelled", error=Cancelled(f"Stopped: {why}."))
+        self.must_be_mine(job, key, attempt)
         if kind == "poison": sim.crash(self.process, "poison")
         if kind == "broken": return StepResult("failed", error=StepFailed("scripted"))
         if kind == "flaky" and sim.random.random() < 0.6: return StepResult("failed", error=KernelDied("scripted"))
@@ -177,6 +179,16 @@ class Executor:
         except ServiceUnavailable as e: return StepResult("failed", error=e)
         value = "\0" if kind == "unstorable" else f"{key}#{attempt}@{self.process.name}"
         return StepResult("succeeded", dict(value=value), NOTEBOOK)
+
+
+    def must_be_mine(self, job: str, key: str, attempt: int) -> None:
+        "A run comes to its own end only when it is wanted, or was until a moment ago."
+        sim, now = self.sim, self.sim.world.now
+        if sim.journal.mine(job, key, attempt): return
+        over = next(e["at"] for e in sim.journal.told if (e["job"], e["key"]) == (job, key) and e["body"].get("attempt", 0) >= attempt
+                    and (e["body"]["attempt"], e["body"]["status"]) != (attempt, "running"))
+        if now - over > LEASE and not explained(sim, self.process.name, now - LEASE, now):
+            sim.violations.append(f"I3: attempt {attempt} of {job}/{key} ran on for {now - over:.1f} s after it was over")
 
 
 async def run_graph(graph: Graph, params: dict, execute: Callable[[Task], Awaitable[Result]]) -> dict[str, Result]:
@@ -199,12 +211,12 @@ PATCHED: list[tuple[Any, str]] = [
     (myspinbot.bridge, "threading"), (myspinbot.bridge, "time"), (myspinbot.worker, "threading"), (myspinbot.worker, "time"),
     (myspinbot.worker, "ThreadPoolExecutor"), (myspinbot.worker, "Executor"), (myspinbot.worker, "KernelPool"), (myspinbot.worker, "log"),
     (myspinbot.conductor, "asyncio"), (myspinbot.conductor, "threading"), (myspinbot.conductor, "run_graph"),
-    (myspinbot.conductor, "import_module"), (myspinbot.conductor, "log"), (myspinbot.runner, "asyncio")]
+    (myspinbot.conductor, "import_module"), (myspinbot.conductor, "control_notebook"), (myspinbot.conductor, "log"), (myspinbot.runner, "asyncio")]
 
 
 # --- one schedule
 
-KINDS = ("ok",) * 14 + ("long",) * 3 + ("flaky",) * 2 + ("broken", "poison", "unstorable")
+KINDS = ("ok",) * 11 + ("long",) * 4 + ("flaky",) * 3 + ("broken", "poison", "unstorable")
 FAULTS = ("crash", "crash", "stop", "freeze", "freeze", "cut", "flush", "restore", "regroup", "lose", "duplicate", "down", "down", "clock",
           "noise")
 
@@ -225,7 +237,7 @@ class Sim:
         self.accepted: dict[str, str] = {}                        # idempotency key -> job, as a user was told
         self.keys: dict[str, dict] = {}                           # all that users asked for
         self.asked: list[tuple[float, str, str]] = []             # cancel and retry that were answered
-        self.troubles: dict[str, list[tuple[float, float]]] = {}  # process name, or "" for everybody -> spans
+        self.troubles: dict[str, list[tuple[float, float, str]]] = {}  # process name, or "" for everybody -> spans, what
         self.counts, self.violations = Counter(), []
         self.down: dict[str, float] = {}                          # server -> until
         self.users, self.healed = 0, False
@@ -250,7 +262,8 @@ class Sim:
             f = getcurrent()
             self.tell(f"{self.world.now:8.3f} {f.process.name if isinstance(f, Fiber) else '':10} {what:16} {text}")
 
-    def trouble(self, name: str, seconds: float = 0.0) -> None: self.troubles.setdefault(name, []).append((self.world.now, self.world.now + seconds))
+    def trouble(self, name: str, seconds: float = 0.0, what: str = "") -> None:
+        self.troubles.setdefault(name, []).append((self.world.now, self.world.now + seconds, what))
 
     def call(self, p: Process, server: str, name: str, tries: int, fn: Callable, args: tuple, kw: dict) -> Any:
         "One call of a process to a server."
@@ -275,7 +288,11 @@ class Sim:
                 self.counts["lost replies"] += 1
                 self.trouble(p.name)
                 self.trace("no reply", name)
-            if left: continue
+            if left and r.random() < 0.7: continue
+            if left:  # connecting again takes a while
+                self.trouble(p.name, delay := r.random() * 2 * LEASE)
+                w.park(delay)
+                continue
             raise ServiceUnavailable(f"{server} does not answer {name}.")
         raise AssertionError("not reached")
 
@@ -290,7 +307,7 @@ class Sim:
 
         def main() -> None:
             stop = Event(self.world)
-            thing = Worker(*self.wires(p), name, CFG, drain_s=1.0) if name[0] == "w" else Conductor(*self.wires(p), name, CFG)
+            thing = Worker(*self.wires(p), name, CFG, drain_s=0.4) if name[0] == "w" else Conductor(*self.wires(p), name, CFG)
             self.live[name] = p, stop, thing
             thing.run(stop)
             self.trace("exit")
@@ -317,11 +334,12 @@ class Sim:
 
     def nemesis(self) -> None:
         r, w = self.random, self.world
-        for at in sorted(r.random() * 7 for _ in range(0 if self.calm else r.randrange(6))):
+        for at in sorted(r.random() * 5 for _ in range(0 if self.calm else 1 + r.randrange(6))):
             w.sleep(at - w.now)
             what, targets = r.choice(FAULTS), [o for o in self.live.values() if o[2] is not None]
             if not targets: continue
-            p, stop, _ = r.choice(targets)
+            busy = [o for o in targets if getattr(o[2], "running", None) or getattr(o[2], "jobs", None)]
+            p, stop, _ = r.choice(busy if busy and r.random() < 0.7 else targets)
             self.trace("FAULT", f"{what} {p.name}")
             self.counts[what] += what != "crash"
             self.fault(what, p, stop)
@@ -335,7 +353,7 @@ class Sim:
         r, w, seconds = self.random, self.world, self.random.random() * 3 * LEASE
         if what == "crash": self.crash(p, "by the nemesis")
         elif what == "stop":
-            self.trouble(p.name, 60)
+            self.trouble(p.name, 60, "stop")
             stop.set()
             self.again(p.name) if r.random() < 0.5 else w.spawn(self.nobody, lambda: self.start(f"{p.name}x"), 0.1)
         elif what == "freeze":
@@ -366,8 +384,8 @@ class Sim:
         w.sleep(r.random() * 2)
         job = self.insist(lambda: c.submit(**asked, idempotency_key=key)).id
         if self.accepted.setdefault(key, job) != job: self.violations.append(f"key {key} is job {self.accepted[key]} and {job}")
-        for _ in range(r.randrange(3)):
-            w.sleep(r.random() * 3)
+        for _ in range(r.choice((0, 0, 1, 2, 3, 8))):
+            w.sleep(r.choice((0.0, 0.01, 1.0, 3.0)) * r.random())
             what = r.choice((c.cancel, c.cancel, c.retry))
             try: got = self.insist(lambda: what(job))  # noqa: B023
             except Conflict: continue
@@ -401,7 +419,8 @@ class Sim:
         saved = [(m, n, getattr(m, n)) for m, n in PATCHED]
         aio, th = self.asyncio, self.threading
         new = [th, Time(w, server=True), th, Time(w), lambda n, thread_name_prefix="": Pool(w, n), lambda store, *_: Executor(self, store),
-               lambda **_: SILENT, SILENT, aio, th, run_graph, lambda _: None, SILENT, aio]
+               lambda **_: SILENT, SILENT, aio, th, run_graph, lambda _: None, lambda *_: b"{}",
+               SILENT, aio]
         for (m, n), o in zip(PATCHED, new, strict=True): setattr(m, n, o)
         try:
             self.bridge = SimBridge()
@@ -423,9 +442,9 @@ class Sim:
 
 # --- what must hold
 
-def explained(sim: Sim, name: str, since: float, until: float) -> bool:
+def explained(sim: Sim, name: str, since: float, until: float, but: str = "-") -> bool:
     "Did something happen to this process, or to all, in this time?"
-    return any(a <= until and b >= since for who in (name, "") for a, b in sim.troubles.get(who, ()))
+    return any(a <= until and b >= since and what != but for who in (name, "") for a, b, what in sim.troubles.get(who, ()))
 
 
 def check(sim: Sim) -> None:
@@ -453,12 +472,15 @@ def check_job(sim: Sim, row: dict) -> None:
     if row["status"] not in JOB_END: bad(f"I1: {id} is {row['status']}")
     if row["owner"] or row["lease_until"]: bad(f"I3: {id} has a lease")
     steps, events = j.by_job[id], [e for e in j.told if e["job"] == id]
-    last, life, closed, epoch_at = {}, None, None, 0.0
+    last, life, closed, epoch_at, owner = {}, None, None, 0.0, ""
     for e in events:
         key, status = e["key"], e["body"]["status"]
         old = last.get(key)
         if e["kind"] == "job":
             if life in JOB_END and not (status == "queued" and life != "succeeded"): bad(f"I1: {id} was {life} and became {status}")
+            if old and {life, status} <= {"running", "waiting"} and e["body"]["epoch"] > old["body"]["epoch"]:
+                if not explained(sim, owner, old["at"], e["at"]): bad(f"I4: {id} was taken from {owner}, to whom nothing had happened")
+            owner = e["body"].get("owner", "")
             life, closed, epoch_at = status, e["transaction"] if status in JOB_END else None, e["at"]
         else:
             if life in JOB_END and e["transaction"] != closed: bad(f"I1: {id}/{key} became {status} after the job was {life}")
@@ -480,7 +502,7 @@ def check_change(sim: Sim, id: str, key: str, old: dict, new: dict, epoch_at: fl
     if a["status"] != "running" or b["status"] not in ("running", "queued"): return
     who, control = a.get("worker", ""), SPECS[b["step"]].kind == "control"
     if b.get("lost", 0) > a.get("lost", 0):
-        if not explained(sim, who, old["at"], new["at"]): bad(f"I4: {id}/{key} was taken from {who}, to whom nothing had happened")
+        if not explained(sim, who, old["at"], new["at"], but="stop"): bad(f"I4: {id}/{key} was taken from {who}, to whom nothing had happened")
     elif control:
         if epoch_at < old["at"] and not explained(sim, who, old["at"], new["at"]): bad(f"I4: {id}/{key} began again under one conductor")
     elif b["status"] == "running": bad(f"I4: {id}/{key} was taken over, and nobody counted it")
@@ -496,8 +518,10 @@ def check_results(sim: Sim, row: dict, steps: dict[str, dict]) -> None:
         if s["status"] == "succeeded" and SPECS[s["step"]].kind == "notebook":
             if s["outputs"]["value"] != (want := f"{key}#{s['attempt']}@{s['worker']}"): bad(f"I2: {id}/{key} shows {s['outputs']}, not {want}")
             if sum(o[:3] == (id, key, s["attempt"]) for o in sim.ran) != 1: bad(f"I2: attempt {s['attempt']} of {id}/{key} did not run")
+        if s["status"] == "failed" and s["error"].get("type") == "KernelDied" and SPECS[s["step"]].kind == "notebook":
+            if s["attempt"] - s["lost"] <= s["retries"]: bad(f"{id}/{key} failed with a retry left: {s['attempt']} {s['lost']} {s['retries']}")
         for v in s["inputs"].values():
-            if isinstance(v, str) and v[0].isalpha() and "#" in v and not any(o["outputs"].get("value") == v for o in sim.journal.step_rows.values()):
+            if isinstance(v, str) and ("#" in v or "!" in v) and not any(o["outputs"].get("value") == v for o in sim.journal.step_rows.values()):
                 bad(f"I2: {id}/{key} was given {v}, which nobody committed")
     if row["status"] == "succeeded":
         if any(s["status"] not in ("succeeded", "cached", "skipped") and row["graph"].node(s["node"]).on_failure == "fail" for s in steps.values()):
@@ -522,22 +546,29 @@ def main() -> None:
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     a.add_argument("--schedules", type=int, default=1000)
     a.add_argument("--seed", type=int, default=1, help="of the first schedule; each has the next one")
+    a.add_argument("--processes", type=int, default=1)
     a.add_argument("--replay", type=int, help="print the trace of the schedule with this seed")
     o = a.parse_args()
     if o.replay is not None:
         sim = Sim(o.replay, tell=print).run()
         print(*(sim.violations or ["all invariants hold"]), sep="\n")
         sys.exit(bool(sim.violations))
-    total, bad, began = Counter(), {}, time.perf_counter()
-    for seed in range(o.seed, o.seed + o.schedules):
-        sim = Sim(seed).run()
-        total += summary(sim)
-        if sim.violations:
-            bad[seed] = sim.violations
-            print(f"seed {seed}: {sim.violations[0]}"[:400], flush=True)
-    took = time.perf_counter() - began
-    print(table(total, o.schedules, bad, took))
+    total, bad, began = Counter(), [], time.perf_counter()
+    seeds = range(o.seed, o.seed + o.schedules)
+    with ProcessPoolExecutor(o.processes) as pool:
+        for seed, counts, violations in pool.map(one, seeds, chunksize=100) if o.processes > 1 else map(one, seeds):
+            total += counts
+            if violations:
+                bad.append(seed)
+                print(f"seed {seed}: {violations[0]}"[:400], flush=True)
+    print(table(total, o.schedules, len(bad), time.perf_counter() - began))
     sys.exit(bool(bad))
+
+
+def one(seed: int) -> tuple[int, Counter, list[str]]:
+    "A schedule: its seed, what happened, what was violated."
+    sim = Sim(seed).run()
+    return seed, summary(sim), sim.violations
 
 
 def summary(sim: Sim) -> Counter:
@@ -548,7 +579,7 @@ def summary(sim: Sim) -> Counter:
                                 events=len(told), seconds=int(sim.world.now), calm=sim.calm)
 
 
-def table(total: Counter, schedules: int, bad: dict, took: float) -> str:
+def table(total: Counter, schedules: int, bad: int, took: float) -> str:
     "As Markdown."
     rows = [("schedules", schedules), ("without any fault", total["calm"]), ("jobs", total["jobs"]), ("executions of steps", total["executions"]),
             ("kills", total["crashes"]), ("graceful stops", total["stop"]), ("freezes", total["freeze"]), ("lost replies", total["lost replies"]),
@@ -556,7 +587,7 @@ def table(total: Counter, schedules: int, bad: dict, took: float) -> str:
             ("failover to an old replica", total["restore"]), ("XGROUP DESTROY", total["regroup"]),
             ("entries lost / doubled", f"{total['lose']} / {total['duplicate']}"), ("clock jumps and drifts", total["clock"]),
             ("takeovers", total["takeovers"]), ("slices", total["slices"]), ("virtual hours", f"{total['seconds'] / 3600:.1f}"),
-            ("violations", len(bad)), ("real seconds", f"{took:.1f}"), ("schedules a second", f"{schedules / took:.0f}")]
+            ("violations", bad), ("real seconds", f"{took:.1f}"), ("schedules a second", f"{schedules / took:.0f}")]
     return "\n".join(["| what | count |", "|---|---:|", *(f"| {k} | {v} |" for k, v in rows)])
 
 

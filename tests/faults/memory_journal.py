@@ -2,13 +2,15 @@
 
 `test_memory_journal.py` drives it beside the real journal and compares every answer and every row.
 """
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from myspinbot.attempts import MAX_LOST
+from myspinbot.attempts import MAX_LOST, fenced, step_params
 from myspinbot.core import Conflict, FenceLost, InputError, NotFound, hash_json, new_id
-from myspinbot.schema import JOB_END, STEP_END, Artifact, Event, Graph, Job, StepRow, dump_value
+from myspinbot.journal import Journal
+from myspinbot.schema import JOB_END, STEP_END, Artifact, Event, Graph, Job, StepRow, dump_value, parse_value
 from myspinbot.tables import PRIORITIES, mended, to_pg
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
@@ -17,12 +19,26 @@ TIMES = ("queued_at", "started_at", "ended_at", "created_at")
 RECORDED = ("status", "version", "worker", "input_hash", "source_hash", "inputs", "outputs", "error", "notebook", "origin",
             "record")
 QUEUED = ("version", "queue", "priority", "input_hash", "source_hash", "inputs", "weight", "timeout_s")
+GIVEN = ("job", "key", "node", "step", "version", "queue", "status", "attempt", "worker", "input_hash", "source_hash", "origin",
+         "weight", "retries", "timeout_s")
 Row = dict[str, Any]
 
 
 def moment(seconds: float | None) -> datetime | None:
     "The virtual clock's seconds as a time."
     return None if seconds is None else START + timedelta(seconds=seconds)
+
+
+def value(text: str | None, default: Any = None) -> Any:
+    "What a JSON column gives back."
+    return default if text is None else parse_value(json.loads(text))
+
+
+def given(o: Mapping[str, Any]) -> Row:
+    "The row that `step_params` describes."
+    began = o["started_at"] and (datetime.fromisoformat(o["started_at"]) - START).total_seconds()
+    row = {k: o[k] for k in GIVEN} | dict(priority=PRIORITIES[o["rank"]], started_at=began)
+    return row | {k: value(o[k]) for k in ("inputs", "outputs", "error", "notebook", "record")}
 
 
 class MemoryJournal:
@@ -157,36 +173,39 @@ class MemoryJournal:
         self.change_job(j, status="waiting" if waiting else "running")
         return True
 
-    def end_job(self, job: str, fence: int | None, **to: Any) -> bool:
+    def end_jobs(self, ends: Sequence[Mapping[str, Any]]) -> set[str]:
         self.transaction += 1
-        if not (j := self.live(job, fence)): return False
-        now = self.clock()
-        self.change_job(j, ended_at=now, owner=None, lease_until=None, **to)
-        for s in self.by_job[job].values():
-            if s["status"] not in STEP_END: self.change_step(s, status="cancelled", ended_at=now, lease_until=None)
-        return True
+        now, done = self.clock(), {o["job"]: o for o in ends if self.live(o["job"], o.get("epoch"))}
+        for id in done:
+            for s in self.by_job[id].values():
+                if s["status"] not in STEP_END: self.change_step(s, status="cancelled", ended_at=now, lease_until=None)
+        for id, o in done.items():
+            j = self.job_rows[id]
+            self.change_job(j, status=o["status"], outputs=value(o.get("outputs"), j["outputs"]), error=value(o.get("error")),
+                            epoch=j["epoch"] + (o.get("epoch") is None), ended_at=now, owner=None, lease_until=None)
+        return set(done)
 
-    def finish_job(self, job: str, epoch: int, status: str, outputs: Mapping[str, Any] | None = None,
-                   error: Mapping[str, Any] | None = None) -> bool:
-        to_pg(dict(outputs or {}))
-        done = self.end_job(job, epoch, status=status, outputs=dict(outputs or {}), error=mended(error) if error else None)
-        j = self.job_rows.get(job, {})
-        return done or (j.get("epoch"), j.get("status")) == (epoch, status)
+    def finish_jobs(self, ends: Sequence[Mapping[str, Any]]) -> list[bool]:
+        done = self.end_jobs(ends)
+        rows = [self.job_rows.get(o["job"], {}) for o in ends]
+        return [o["job"] in done or (j.get("epoch"), j.get("status")) == (o["epoch"], o["status"]) for o, j in zip(ends, rows, strict=True)]
+
+    finish_job = Journal.finish_job
 
     def cancel_job(self, job: str) -> Job:
-        if job in self.job_rows: self.end_job(job, None, status="cancelled", epoch=self.job_rows[job]["epoch"] + 1)
+        self.end_jobs([dict(job=job, status="cancelled")])
         return self.job(job)
 
     def retry_job(self, job: str) -> Job:
         self.transaction += 1
         j = self.job_rows.get(job)
         if j is None or j["status"] not in ("failed", "cancelled"): raise Conflict(f"Job {job} is {self.job(job).status}.")
-        self.change_job(j, status="queued", epoch=j["epoch"] + 1, error=None, ended_at=None, owner=None, lease_until=None)
         for s in self.by_job[job].values():
             if s["status"] in ("succeeded", "cached"): continue
             self.change_step(s, status="pending", error=None, worker=None, lease_until=None, entry_id=None, lost=0,
                              started_at=None, ended_at=None)
         self.approvals = {k: a for k, a in self.approvals.items() if k[0] != job or a["approved"] is True}
+        self.change_job(j, status="queued", epoch=j["epoch"] + 1, error=None, ended_at=None, owner=None, lease_until=None)
         return self.as_job(j)
 
     def delete_job(self, job: str) -> None:
@@ -233,47 +252,52 @@ class MemoryJournal:
         rows = [self.step_rows.get(k) for k in keys]
         return [self.as_step(s) for s in rows if s and s["status"] in STEP_END]
 
-    def find_cached(self, input_hash: str) -> StepRow | None:
-        rows = self.in_order("succeeded", lambda s: input_hash and s["input_hash"] == input_hash, by="ended_at")
-        return self.as_step(rows[-1]) if rows else None
+    def find_cached_many(self, input_hashes: Iterable[str]) -> dict[str, StepRow]:
+        hashes = {h for h in input_hashes if h}
+        rows = self.in_order("succeeded", lambda s: s["input_hash"] in hashes, by="ended_at") if hashes else []
+        return {s["input_hash"]: self.as_step(s) for s in rows}
 
-    def written(self, row: StepRow, epoch: int, also: Callable[[Row], Row | None]) -> StepRow:
-        "Insert a step, or update it as `also` says; raises `FenceLost`."
+    find_cached, queue_step = Journal.find_cached, Journal.queue_step
+
+    def written(self, rows: Sequence[Mapping[str, Any]], also: Callable[[Row, Row], Row | None]) -> list[Row | FenceLost]:
+        "Insert steps, or update those that are there as `also` says, each under its job's fence."
         self.transaction += 1
-        if not self.live(row.job, epoch): raise FenceLost(f"Job {row.job} has ended or has another conductor.")
-        to_pg([row.inputs, row.outputs])
-        s, now = self.step_rows.get((row.job, row.key)), self.clock()
+        return [self.write(given(o), also) if self.live(o["job"], o["epoch"]) else
+                FenceLost(f"Job {o['job']} has ended or has another conductor.") for o in rows]
+
+    def write(self, new: Row, also: Callable[[Row, Row], Row | None]) -> Row:
+        s, now, status = self.step_rows.get((new["job"], new["key"])), self.clock(), new["status"]
+        began = now if new["started_at"] is None else new["started_at"]
+        new |= dict(started_at=began if status not in ("pending", "queued", "skipped") else None,
+                    ended_at=now if status in STEP_END else None)
         if s is None:
-            s = {k: getattr(row, k) for k in STEP_FIELDS}
-            s |= dict(n=len(self.step_rows) + self.transaction, lost=0, lease_until=None, entry_id=None, queued_at=now,
-                      started_at=now if row.status not in ("pending", "queued", "skipped") else None,
-                      ended_at=now if row.status in STEP_END else None, error=mended(row.error), record=mended(row.record))
-            self.step_rows[row.job, row.key] = self.by_job[row.job][row.key] = s
+            s = dict(new, n=self.transaction + len(self.step_rows), lost=0, lease_until=None, entry_id=None, queued_at=now)
+            self.step_rows[s["job"], s["key"]] = self.by_job[s["job"]][s["key"]] = s
             self.step_event(s)
-        elif to := also(s): self.change_step(s, **to)
-        return self.as_step(s)
+        elif to := also(s, new): self.change_step(s, **to)
+        return s
 
-    def queue_step(self, job: str, epoch: int, row: StepRow) -> StepRow:
-        row = row.model_copy(update=dict(job=job, status="queued", started_at=None))
-
-        def again(s: Row) -> Row | None:
+    def queue_steps(self, rows: Sequence[Mapping[str, Any]]) -> list[StepRow | FenceLost]:
+        def again(s: Row, new: Row) -> Row | None:
             if s["status"] != "pending": return None
-            return {k: getattr(row, k) for k in QUEUED} | dict(status="queued", outputs={}, error=None, notebook=None, origin=None,
-                record={}, entry_id=None, retries=row.retries + s["attempt"], queued_at=self.clock())
-        return self.written(row, epoch, again)
+            return {k: new[k] for k in QUEUED} | dict(status="queued", outputs={}, error=None, notebook=None, origin=None,
+                record={}, entry_id=None, retries=new["retries"] + s["attempt"], queued_at=self.clock())
+        answers = self.written([dict(o, status="queued", started_at=None) for o in rows], again)
+        return [o if isinstance(o, FenceLost) else self.as_step(o) for o in answers]
+
+    def recorded(self, rows: Sequence[Mapping[str, Any]]) -> list[Row | FenceLost]:
+        def again(s: Row, new: Row) -> Row | None:
+            if s["status"] in STEP_END: return None
+            more = new["status"] == "running" and s["status"] != "waiting"
+            return {k: new[k] for k in RECORDED} | dict(attempt=s["attempt"] + more, lease_until=None, entry_id=None,
+                started_at=new["started_at"] if s["started_at"] is None else s["started_at"], ended_at=new["ended_at"])
+        return self.written(rows, again)
+
+    def record_steps(self, rows: Sequence[Mapping[str, Any]]) -> list[str | FenceLost]:
+        return [o if isinstance(o, FenceLost) else o["status"] for o in self.recorded(rows)]
 
     def record_step(self, job: str, epoch: int, row: StepRow) -> StepRow:
-        row = row.model_copy(update=dict(job=job))
-
-        def again(s: Row) -> Row | None:
-            if s["status"] in STEP_END: return None
-            more, now = row.status == "running" and s["status"] != "waiting", self.clock()
-            began = now if row.status not in ("pending", "queued", "skipped") else None
-            return {k: getattr(row, k) for k in RECORDED} | dict(attempt=s["attempt"] + more, lease_until=None, entry_id=None,
-                error=mended(row.error), record=mended(row.record),
-                started_at=began if s["started_at"] is None else s["started_at"],
-                ended_at=now if row.status in STEP_END else None)
-        return self.written(row, epoch, again)
+        return self.as_step(fenced(self.recorded([step_params(row, epoch) | dict(job=job)])[0]))
 
     # --- attempts
 

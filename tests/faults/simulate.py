@@ -162,6 +162,8 @@ class Executor:
     "Runs a step: takes time, listens to a stop, ends as the job's script says."
     def __init__(self, sim: "Sim", store: Wire): self.sim, self.process, self.store = sim, getcurrent().process, store
 
+    def sweep(self) -> None: pass
+
     def run(self, spec: StepSpec, inputs: dict, context: Any, on_event: Callable, should_stop: Callable) -> StepResult:
         sim, job, key, attempt = self.sim, context.job, context.key, context.attempt
         kind, w = sim.script(job, key), sim.world
@@ -210,7 +212,7 @@ async def run_graph(graph: Graph, params: dict, execute: Callable[[Task], Awaita
 PATCHED: list[tuple[Any, str]] = [
     (myspinbot.bridge, "threading"), (myspinbot.bridge, "time"), (myspinbot.worker, "threading"), (myspinbot.worker, "time"),
     (myspinbot.worker, "ThreadPoolExecutor"), (myspinbot.worker, "Executor"), (myspinbot.worker, "KernelPool"), (myspinbot.worker, "log"),
-    (myspinbot.conductor, "asyncio"), (myspinbot.conductor, "threading"), (myspinbot.conductor, "run_graph"),
+    (myspinbot.conductor, "asyncio"), (myspinbot.conductor, "threading"), (myspinbot.conductor, "time"), (myspinbot.conductor, "run_graph"),
     (myspinbot.conductor, "import_module"), (myspinbot.conductor, "control_notebook"), (myspinbot.conductor, "log"), (myspinbot.runner, "asyncio")]
 
 
@@ -419,7 +421,7 @@ class Sim:
         saved = [(m, n, getattr(m, n)) for m, n in PATCHED]
         aio, th = self.asyncio, self.threading
         new = [th, Time(w, server=True), th, Time(w), lambda n, thread_name_prefix="": Pool(w, n), lambda store, *_: Executor(self, store),
-               lambda **_: SILENT, SILENT, aio, th, run_graph, lambda _: None, lambda *_: b"{}",
+               lambda **_: SILENT, SILENT, aio, th, Time(w), run_graph, lambda _: None, lambda *_: b"{}",
                SILENT, aio]
         for (m, n), o in zip(PATCHED, new, strict=True): setattr(m, n, o)
         try:
@@ -472,7 +474,7 @@ def check_job(sim: Sim, row: dict) -> None:
     if row["status"] not in JOB_END: bad(f"I1: {id} is {row['status']}")
     if row["owner"] or row["lease_until"]: bad(f"I3: {id} has a lease")
     steps, events = j.by_job[id], [e for e in j.told if e["job"] == id]
-    last, life, closed, epoch_at, owner = {}, None, None, 0.0, ""
+    last, life, epoch_at, owner, ends = {}, None, 0.0, "", {e["transaction"] for e in events if e["kind"] == "job"}
     for e in events:
         key, status = e["key"], e["body"]["status"]
         old = last.get(key)
@@ -480,10 +482,10 @@ def check_job(sim: Sim, row: dict) -> None:
             if life in JOB_END and not (status == "queued" and life != "succeeded"): bad(f"I1: {id} was {life} and became {status}")
             if old and {life, status} <= {"running", "waiting"} and e["body"]["epoch"] > old["body"]["epoch"]:
                 if not explained(sim, owner, old["at"], e["at"]): bad(f"I4: {id} was taken from {owner}, to whom nothing had happened")
-            owner = e["body"].get("owner", "")
-            life, closed, epoch_at = status, e["transaction"] if status in JOB_END else None, e["at"]
+            owner = e["body"].get("owner", owner)
+            life, epoch_at = status, e["at"]
         else:
-            if life in JOB_END and e["transaction"] != closed: bad(f"I1: {id}/{key} became {status} after the job was {life}")
+            if life in JOB_END and e["transaction"] not in ends: bad(f"I1: {id}/{key} became {status} after the job was {life}")
             if old: check_change(sim, id, key, old, e, epoch_at)
         last[key] = e
     if life != row["status"] or last[""]["body"].get("epoch", 0) != row["epoch"]: bad(f"I5: events of {id} end as {life}, the row says {row['status']}")

@@ -11,8 +11,9 @@ import psycopg
 import pytest
 from memory_journal import START, MemoryJournal, moment
 
+from myspinbot.attempts import step_params
 from myspinbot.core import SpinError
-from myspinbot.journal import Journal
+from myspinbot.journal import Journal, end_params
 from myspinbot.schema import Artifact, Graph, Job, Node, ParamRef, Port, StepRow, dump_value
 
 GRAPHS = [Graph(name=name, params=[Port(name="text", type="str", required=True)],
@@ -71,6 +72,7 @@ def answer(fn: Any, *args: Any, **kw: Any) -> Any:
 
 def plain(v: Any) -> Any:
     "Rows as data; lists of rows that have an order in the contract keep it."
+    if isinstance(v, Exception): return type(v).__name__
     if isinstance(v, Job | StepRow): return v.model_dump(mode="json", exclude={"graph"}) | dict(graph=getattr(v, "graph", None) and v.graph.name)
     if isinstance(v, list | tuple): return [plain(o) for o in v]
     return {k: plain(o) for k, o in v.items()} if isinstance(v, dict) else dump_value(v)
@@ -92,11 +94,16 @@ def calls(r: random.Random, m: MemoryJournal) -> Iterator[tuple[str, tuple, dict
     def epoch(id: str) -> int: return m.job_rows.get(id, {}).get("epoch", 0) - (r.random() < 0.15)
     def attempt(id: str, key: str) -> int: return m.step_rows.get((id, key), {}).get("attempt", 1) - (r.random() < 0.25)
     def lease() -> float: return r.choice((0.1, 2.0, 60.0))
+    def many(status: str = "failed") -> dict:  # of different steps
+        found = next(o for o in iter(lambda: new_row(r, job()), None) if (o.job, o.key) not in used)
+        used.add((found.job, found.key))
+        return step_params(found, epoch(found.job)) | dict(status=status)
     while True:
+        used: set[tuple[str, str]] = set()
         id, key = job(), r.choice(KEYS)
         e, a, out = epoch(id), attempt(id, key), r.choice(({}, {"v": 1}, {"v": ART}, {"v": "\0"}))
         pairs = [(j, k, m.step_rows.get((j, k), {}).get("entry_id") or r.choice(IDS)) for j, k in ((job(), k) for k in r.sample(KEYS, 2))]
-        yield r.choice([
+        yield r.choice([  # weights by repetition
             ("submit", (r.choice(GRAPHS), {"text": r.choice("xy")}), dict(id=id, priority=r.choice(("high", "normal", "low", "odd")),
              parent=r.choice((None, "job_a")), fresh=r.choice(((), ("say",))))),
             ("submit", (GRAPHS[0], {"text": "x"}), dict(id="job_c", idempotency_key="k")),
@@ -109,6 +116,9 @@ def calls(r: random.Random, m: MemoryJournal) -> Iterator[tuple[str, tuple, dict
                ("cancel_job", (id,), {}), ("delete_job", (id,), {})] if r.random() < 0.3 else []), *[("retry_job", (id,), {})] * 2,
             ("ask", (id, key, "ok? \0", r.choice((None, ART))), {}) if id in m.job_rows else ("orphan_jobs", (), {}),
             ("approval", (id, key), {}), ("decide", (id, key, r.random() < 0.7, "me"), {}), ("step", (id, key), {}),
+            ("queue_steps", ([many("queued") for _ in "ab"],), {}), ("record_steps", ([many() for _ in "ab"],), {}),
+            ("finish_jobs", ([end_params(i, epoch(i), "failed", {"v": 1}, r.choice(ERRORS)) for i in r.sample(JOBS, 2)],), {}),
+            ("find_cached_many", (["h1", "", "h2"],), {}),
             ("waiting_results", ([(job(), k) for k in r.sample(KEYS, 2)],), {}), ("find_cached", (r.choice(("", "h1", "h2")),), {}),
             *[("queue_step", (id, e, new_row(r, id)), {})] * 4, *[("record_step", (id, e, new_row(r, id)), {})] * 2,
             *[("claim_step", (id, key, r.choice(WORKERS), lease()), {})] * 6,
@@ -158,7 +168,7 @@ def test_twin_answers_as_postgresql_does(both):
     assert START == moment(0.0) and min(total.values()) >= 5, sorted(total.items(), key=lambda o: o[1])[:9]
 
 
-@pytest.mark.parametrize("name", ["commit_step", "claim_step", "retry_job", "requeue_expired", "finish_job"])
+@pytest.mark.parametrize("name", ["commit_step", "claim_step", "retry_job", "requeue_expired", "finish_jobs"])
 def test_a_twin_that_is_wrong_in_one_call_is_found(both, monkeypatch, name):
     def wrong(self: MemoryJournal, *args: Any, **kw: Any) -> Any:
         if name == "commit_step": args = (*args[:2], self.step_rows.get(args[:2], {}).get("attempt", 0), *args[3:])  # no fence
@@ -166,7 +176,7 @@ def test_a_twin_that_is_wrong_in_one_call_is_found(both, monkeypatch, name):
         found = right(self, *args, **kw)
         if name == "retry_job": self.step_rows[(args[0], "say")]["lost"] = 1
         if name == "requeue_expired" and found: self.step_rows[found[0].job, found[0].key]["lost"] -= 1
-        if name == "finish_job" and found: self.job_rows[args[0]]["owner"] = "c"
+        if name == "finish_jobs" and found[0]: self.job_rows[args[0][0]["job"]]["owner"] = "c"
         return found
     right = getattr(MemoryJournal, name)
     monkeypatch.setattr(MemoryJournal, name, wrong)

@@ -216,6 +216,7 @@ class Future:
         for fn in self.callbacks: fn(self)
 
     def set_result(self, value: Any) -> None: self.end("result", value)
+    def set_exception(self, e: BaseException) -> None: self.end("error", e)
 
     def result(self) -> Any:
         if self.state == "result": return self.value

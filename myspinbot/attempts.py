@@ -301,9 +301,10 @@ def unpublished(self: Attempts,
     older_s: float = 1.0,  # younger ones are being published by whoever queued them
     limit: int = 1000,
 ) -> list[StepRow]:
-    "Queued steps that are on no stream, oldest first."
+    "Queued steps that are on no stream, oldest first; those from before the clock was set back, too."
     return self.found("""SELECT * FROM step WHERE status = 'queued' AND entry_id IS NULL
-        AND queued_at <= clock_timestamp() - %(older)s * interval '1 s' ORDER BY queued_at LIMIT %(limit)s""",
+        AND NOT queued_at BETWEEN clock_timestamp() - %(older)s * interval '1 s' AND clock_timestamp()
+        ORDER BY queued_at LIMIT %(limit)s""",
         older=float(older_s), limit=limit)
 
 @patch

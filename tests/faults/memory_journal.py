@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from myspinbot.attempts import MAX_LOST, fenced, step_params
+from myspinbot.attempts import MAX_LEASE_S, MAX_LOST, fenced, step_params
 from myspinbot.core import Conflict, FenceLost, InputError, NotFound, hash_json, new_id
 from myspinbot.journal import Journal
 from myspinbot.schema import JOB_END, STEP_END, Artifact, Event, Graph, Job, StepRow, dump_value, parse_value
@@ -43,7 +43,8 @@ def given(o: Mapping[str, Any]) -> Row:
 
 class MemoryJournal:
     "Jobs, steps, events and approvals in this process; every call is one transaction."
-    def __init__(self, clock: Callable[[], float]):
+    def __init__(self, clock: Callable[[], float], wall: Callable[[], float] | None = None):
+        self.wall = wall or clock  # what an onlooker's clock says, which nobody sets
         self.clock, self.transaction, self.new_id = clock, 0, new_id
         self.job_rows: dict[str, Row] = {}
         self.step_rows: dict[tuple[str, str], Row] = {}
@@ -76,7 +77,7 @@ class MemoryJournal:
             lost=s["lost"] or None, worker=s["worker"], origin=s["origin"], error=(s["error"] or {}).get("message")))
 
     def tell(self, job: str, kind: str, key: str, body: Row) -> None:
-        self.told.append(dict(seq=len(self.told) + 1, job=job, kind=kind, key=key, at=self.clock(), transaction=self.transaction,
+        self.told.append(dict(seq=len(self.told) + 1, job=job, kind=kind, key=key, at=self.clock(), seen=self.wall(), transaction=self.transaction,
                               body={k: v for k, v in body.items() if v is not None}))
 
     def live(self, job: str, epoch: int | None = None) -> Row | None:
@@ -133,17 +134,23 @@ class MemoryJournal:
         rows = [j for j in rows if all(v is None or j[k] == v for k, v in given.items()) and pipeline in (None, j["graph"].name)]
         return [self.as_job(j) for j in rows[:limit]]
 
-    def free(self) -> list[Row]:
-        now = self.clock()
+    def now(self) -> float: return START.timestamp() + self.clock()
+
+    def over(self, until: float | None) -> bool:
+        "Has a lease run out, or was it given before the clock was set back?"
+        return until is not None and not self.clock() <= until <= self.clock() + MAX_LEASE_S
+
+    def free(self, expired: bool = True) -> list[Row]:
         rows = [j for j in self.job_rows.values() if j["status"] not in JOB_END
-                and (j["lease_until"] is None or j["lease_until"] < now)]
+                and (j["lease_until"] is None or expired and self.over(j["lease_until"]))]
         return sorted(rows, key=lambda j: (PRIORITIES.index(j["priority"]), j["created_at"], j["id"]))
 
     def orphan_jobs(self, limit: int = 1000) -> list[str]: return [j["id"] for j in self.free()[:limit]]
 
-    def lease_jobs(self, owner: str, lease_s: float, limit: int, job_id: str | None = None) -> list[Job]:
+    def lease_jobs(self, owner: str, lease_s: float, limit: int, job_id: str | None = None,
+                   expired: bool = True) -> list[Job]:
         self.transaction += 1
-        now, rows = self.clock(), [j for j in self.free() if job_id in (None, j["id"])][:limit]
+        now, rows = self.clock(), [j for j in self.free(expired) if job_id in (None, j["id"])][:limit]
         for j in rows:
             self.change_job(j, owner=owner, epoch=j["epoch"] + 1, lease_until=now + lease_s,
                             status="running" if j["status"] == "queued" else j["status"],
@@ -368,21 +375,21 @@ class MemoryJournal:
         return len(rows)
 
     def unpublished(self, older_s: float = 1.0, limit: int = 1000) -> list[StepRow]:
-        old = self.clock() - older_s
-        return [self.as_step(s) for s in self.in_order("queued", lambda s: s["entry_id"] is None and s["queued_at"] <= old)[:limit]]
+        now = self.clock()
+        rows = self.in_order("queued", lambda s: s["entry_id"] is None and not now - older_s <= s["queued_at"] <= now)
+        return [self.as_step(s) for s in rows[:limit]]
 
     def queued_steps(self, limit: int = 1000) -> list[StepRow]:
         return [self.as_step(s) for s in self.in_order("queued", lambda s: s["entry_id"] is not None)[:limit]]
 
-    def expired(self) -> list[Row]:
+    def expired_steps(self, limit: int = 1000) -> list[StepRow]:
         now = self.clock()
-        return self.in_order("running", lambda s: s["lease_until"] is not None and s["lease_until"] < now, by="lease_until")
-
-    def expired_steps(self, limit: int = 1000) -> list[StepRow]: return [self.as_step(s) for s in self.expired()[:limit]]
+        rows = self.in_order("running", lambda s: s["lease_until"] is not None and s["lease_until"] < now, by="lease_until")
+        return [self.as_step(s) for s in rows[:limit]]
 
     def requeue_expired(self, limit: int = 1000) -> list[StepRow]:
         self.transaction += 1
-        rows = sorted(self.expired(), key=lambda s: (s["job"], s["key"]))[:limit]
+        rows = sorted(self.in_order("running", lambda s: self.over(s["lease_until"])), key=lambda s: (s["job"], s["key"]))[:limit]
         return [self.as_step(self.change_step(s, status="queued", lost=s["lost"] + 1, worker=None, lease_until=None, entry_id=None,
                                               started_at=None, queued_at=self.clock())) for s in rows]
 

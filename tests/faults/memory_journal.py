@@ -142,7 +142,7 @@ class MemoryJournal:
 
     def free(self, expired: bool = True) -> list[Row]:
         rows = [j for j in self.job_rows.values() if j["status"] not in JOB_END
-                and (j["lease_until"] is None or expired and self.over(j["lease_until"]))]
+                and (j["lease_until"] is None or (expired and self.over(j["lease_until"])))]
         return sorted(rows, key=lambda j: (PRIORITIES.index(j["priority"]), j["created_at"], j["id"]))
 
     def orphan_jobs(self, limit: int = 1000) -> list[str]: return [j["id"] for j in self.free()[:limit]]
@@ -313,7 +313,7 @@ class MemoryJournal:
         s, now = self.step_rows.get((job, key)), self.clock()
         if s is None: return None
         silent = s["status"] == "running" and s["lease_until"] is not None and s["lease_until"] < now
-        if not (s["status"] == "queued" and s["lost"] < max_lost or silent and s["lost"] + 1 < max_lost): return None
+        if not ((s["status"] == "queued" and s["lost"] < max_lost) or (silent and s["lost"] + 1 < max_lost)): return None
         return self.as_step(self.change_step(s, lost=s["lost"] + silent, status="running", attempt=s["attempt"] + 1, worker=worker,
                                              lease_until=now + lease_s, started_at=now))
 

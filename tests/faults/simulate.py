@@ -279,7 +279,7 @@ class Sim:
             if self.dying and r.random() < self.dying: self.crash(p, f"before {name}")
             lost = self.noise.get(p.name, self.lost)
             away = self.down.get(server, 0) > w.now or self.down.get(server + p.name, 0) > w.now
-            if away or lost and r.random() < lost:
+            if away or (lost and r.random() < lost):
                 self.trouble(p.name)
                 self.trace("no request", name)
             else:

@@ -106,7 +106,7 @@ class World:
             if p.frozen_until > at and not p.dead:
                 self.wake(f, p.frozen_until - self.now + self.random.random() * 0.05)
                 continue
-            if at > self.now: self.now = at
+            self.now = max(self.now, at)
             f.switch()
 
     def kill(self, p: Process) -> None:

@@ -49,7 +49,7 @@ def _entry(stream: str, id: str, raw: dict[bytes, bytes], consumer: str) -> Entr
     except KeyError: error = f"no field {BODY.decode()!r}; the fields are {[k.decode('utf-8', 'replace') for k in raw]}"
     except ValidationError as e: error = f"not a StepMessage: {e.errors()[0]['msg']} at {e.errors()[0]['loc']}"
     try: version = json.loads(raw.get(BODY, b"null"))["schema_version"] if error else message.schema_version
-    except (ValueError, TypeError, LookupError): version = 0
+    except (ValueError, TypeError, LookupError, RecursionError): version = 0
     if isinstance(version, int) and version > VERSION:
         message, error = None, f"schema_version {version} is newer than {VERSION}, the newest this worker knows"
     return Entry(id, stream, consumer, message, raw, error)
@@ -330,8 +330,8 @@ def dead_letters(self: Bridge, limit: int = 100) -> list[dict[str, Any]]:
 
 def _dead(id: str, f: dict[bytes, bytes]) -> dict[str, Any]:
     raw = {k.removeprefix(b"raw:"): v for k, v in f.items() if k.startswith(b"raw:")}
-    head = {k: f[k.encode()].decode() for k in ("stream", "consumer", "reason")}
-    return dict(id=id, entry=f[b"id"].decode(), **head, raw=raw)
+    text = lambda k: f.get(k.encode(), b"").decode("utf-8", "replace")
+    return dict(id=id, entry=text("id"), stream=text("stream"), consumer=text("consumer"), reason=text("reason"), raw=raw)
 
 # %% ../nbs/11_bridge.ipynb #9e46aa15
 @patch
@@ -359,7 +359,7 @@ def read_jobs(self: Bridge,
             pipe.xack(JOBS, JOBS_GROUP, *[o[1] for o in rows])
             pipe.xdel(JOBS, *[o[1] for o in rows])
             pipe.execute()
-    return list(dict.fromkeys(o[2][1].decode() for o in rows))
+    return list(dict.fromkeys(o[2][1].decode("utf-8", "replace") for o in rows if o[2][0] == b"job"))
 
 @patch
 def publish_done(self: Bridge, job: str, key: str) -> None:
@@ -394,12 +394,19 @@ def _follow(self: Bridge, channel: str, stop: threading.Event) -> Iterator[bytes
 @patch
 def follow_done(self: Bridge, stop: threading.Event) -> Iterator[dict[str, Any]]:
     "Hints of `finish` and `publish_done`; `HINT_ALL` whenever some may have been missed."
-    for data in self._follow(DONE, stop): yield json.loads(data) if data else dict(HINT_ALL)
+    for data in self._follow(DONE, stop): yield _hint(data)
+
+def _hint(data: bytes) -> dict[str, Any]:
+    "A hint from the channel; what is none may have been one, so everything is looked at."
+    try: hint = json.loads(data) if data else HINT_ALL
+    except (ValueError, RecursionError): hint = HINT_ALL
+    known = isinstance(hint, dict) and all(isinstance(hint.get(k), str) for k in HINT_ALL)
+    return dict(hint if known else HINT_ALL)
 
 @patch
 def follow_cancel(self: Bridge, stop: threading.Event) -> Iterator[str]:
     "Ids of cancelled jobs; an empty one whenever some may have been missed."
-    for data in self._follow(CANCEL, stop): yield data.decode()
+    for data in self._follow(CANCEL, stop): yield data.decode("utf-8", "replace")
 
 # %% ../nbs/11_bridge.ipynb #3abfd444
 @patch

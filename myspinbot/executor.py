@@ -20,7 +20,7 @@ from .catalogue import Catalogue, did_you_mean
 from .core import Cancelled, InputError, ServiceUnavailable, SpinError, StepFailed, orphaned, process_tag
 from .engine import RunRecord, run_notebook
 from .kernels import KernelPool
-from .schema import MEDIA, Artifact, Event, StepSpec, is_media, parse_value, port_type
+from .schema import MEDIA, Artifact, Event, StepSpec, is_media, port_type, revive, show_value
 
 # %% ../nbs/23_executor.ipynb #19abc170
 @dataclass(frozen=True)
@@ -123,9 +123,13 @@ def fetch_inputs(
         if isinstance(v, list): return [local(f"{name}_{i}", o) for i, o in enumerate(v)]
         return {k: local(f"{name}_{k}", o) for k, o in v.items()} if isinstance(v, dict) else v
     known = [p.name for p in spec.inputs]
-    for name in inputs:
+    for name, v in inputs.items():
         if name not in known: raise InputError(f"{spec.id} has no input {name!r}.", did_you_mean(name, known, "inputs"))
-    return {name: local(name, v) for name, v in parse_value(inputs).items()}
+        kind = spec.input(name).type
+        if is_media(kind) and (path := next((o for o in (v if isinstance(v, list) else [v]) if isinstance(o, str) and o), "")):
+            raise InputError(f"{spec.id}: {name} takes {kind}, but got the path {show_value(path)}.",
+                             f"Declare the pipeline's parameter as {kind}: then its file travels with the job.")
+    return {name: local(name, v) for name, v in revive(inputs).items()}
 
 def store_outputs(
     store: Store,

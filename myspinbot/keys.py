@@ -112,7 +112,11 @@ BURY = HELD + """
 if not held(KEYS[1], ARGV[1], ARGV[2], ARGV[3]) then return false end
 local e = redis.call('XRANGE', KEYS[1], ARGV[2], ARGV[2])
 local f = {'stream', KEYS[1], 'id', ARGV[2], 'consumer', ARGV[3], 'reason', ARGV[4]}
-for i, v in ipairs(e[1] and e[1][2] or {}) do f[#f + 1] = (i % 2 == 1) and ('raw:' .. v) or v end
+for i, v in ipairs(e[1] and e[1][2] or {}) do
+  if i > 32 then break end
+  if #v > 4096 then v = string.sub(v, 1, 4096) .. '... [' .. #v .. ' bytes]' end
+  f[#f + 1] = (i % 2 == 1) and ('raw:' .. v) or v
+end
 local id = redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[5], '*', unpack(f))
 redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
 redis.call('XDEL', KEYS[1], ARGV[2])

@@ -77,7 +77,8 @@ class MemoryJournal:
             lost=s["lost"] or None, worker=s["worker"], origin=s["origin"], error=(s["error"] or {}).get("message")))
 
     def tell(self, job: str, kind: str, key: str, body: Row) -> None:
-        self.told.append(dict(seq=len(self.told) + 1, job=job, kind=kind, key=key, at=self.clock(), seen=self.wall(), transaction=self.transaction,
+        self.told.append(dict(seq=len(self.told) + 1, job=job, kind=kind, key=key, at=self.clock(), seen=self.wall(),
+                              transaction=self.transaction,
                               body={k: v for k, v in body.items() if v is not None}))
 
     def live(self, job: str, epoch: int | None = None) -> Row | None:
@@ -195,7 +196,8 @@ class MemoryJournal:
     def finish_jobs(self, ends: Sequence[Mapping[str, Any]]) -> list[bool]:
         done = self.end_jobs(ends)
         rows = [self.job_rows.get(o["job"], {}) for o in ends]
-        return [o["job"] in done or (j.get("epoch"), j.get("status")) == (o["epoch"], o["status"]) for o, j in zip(ends, rows, strict=True)]
+        return [o["job"] in done or (j.get("epoch"), j.get("status")) == (o["epoch"], o["status"])
+                for o, j in zip(ends, rows, strict=True)]
 
     finish_job = Journal.finish_job
 

@@ -1,7 +1,7 @@
 """The simulation's journal answers as the real one does: both are driven by the same random calls and compared whole.
 
-PostgreSQL's clock is a table here: `clock_timestamp()` of a schema that stands before `pg_catalog` in the search path. So leases run
-out and rows grow old in both journals at the same moments, and times are compared, too.
+PostgreSQL's clock is a table here: `clock_timestamp()` of a schema that stands before `pg_catalog` in the search path. So leases
+run out and rows grow old in both journals at the same moments, and times are compared, too.
 """
 import random
 from collections.abc import Iterator
@@ -74,7 +74,8 @@ def answer(fn: Any, *args: Any, **kw: Any) -> Any:
 def plain(v: Any) -> Any:
     "Rows as data; lists of rows that have an order in the contract keep it."
     if isinstance(v, Exception): return type(v).__name__
-    if isinstance(v, Job | StepRow): return v.model_dump(mode="json", exclude={"graph"}) | dict(graph=getattr(v, "graph", None) and v.graph.name)
+    if isinstance(v, Job | StepRow):
+        return v.model_dump(mode="json", exclude={"graph"}) | dict(graph=getattr(v, "graph", None) and v.graph.name)
     if isinstance(v, list | tuple): return [plain(o) for o in v]
     return {k: plain(o) for k, o in v.items()} if isinstance(v, dict) else dump_value(v)
 
@@ -82,7 +83,8 @@ def plain(v: Any) -> Any:
 def new_row(r: random.Random, job: str) -> StepRow:
     key = r.choice(KEYS)
     status = r.choice(("running", "running", "waiting", "succeeded", "failed", "skipped", "cached"))
-    return StepRow(job=job, key=key, node=key.partition("[")[0], step="speech.piper", status=status, input_hash=r.choice(("", "h1", "h2")),
+    return StepRow(job=job, key=key, node=key.partition("[")[0], step="speech.piper", status=status,
+                   input_hash=r.choice(("", "h1", "h2")),
                    attempt=r.choice((0, 1)), worker=r.choice((None, "c1")), inputs=r.choice(({}, {"a": ART, "l": [ART, 1]})),
                    outputs=r.choice(({}, {"v": 1})), error=r.choice((None, *ERRORS)), notebook=r.choice((None, ART)),
                    origin=r.choice((None, "job_x/say")), record={"python": "3\0"}, retries=r.choice((0, 1)),
@@ -103,37 +105,107 @@ def calls(r: random.Random, m: MemoryJournal) -> Iterator[tuple[str, tuple, dict
         used: set[tuple[str, str]] = set()
         id, key = job(), r.choice(KEYS)
         e, a, out = epoch(id), attempt(id, key), r.choice(({}, {"v": 1}, {"v": ART}, {"v": "\0"}))
-        pairs = [(j, k, m.step_rows.get((j, k), {}).get("entry_id") or r.choice(IDS)) for j, k in ((job(), k) for k in r.sample(KEYS, 2))]
-        yield r.choice([  # weights by repetition
-            ("submit", (r.choice(GRAPHS), {"text": r.choice("xy")}), dict(id=id, priority=r.choice(("high", "normal", "low", "odd")),
-             parent=r.choice((None, "job_a")), fresh=r.choice(((), ("say",))))),
-            ("submit", (GRAPHS[0], {"text": "x"}), dict(id="job_c", idempotency_key="k")),
-            ("job", (id,), {}), ("jobs", (r.choice((None, "running", "failed")), r.choice((None, "one"))),
-             dict(limit=2, before=r.choice((None, job())), parent=r.choice((None, None, "job_a")))),
-            *[("lease_jobs", (r.choice("cd"), lease(), r.choice((1, 5))), dict(job_id=r.choice((None, id)), expired=r.random() < 0.8))] * 2,
-            ("now", (), {}),
-            ("orphan_jobs", (), {}), ("renew_jobs", (r.choice("cd"), {i: epoch(i) for i in {id, job(), "job_no"}}, lease()), {}),
-            ("release_job", (id, e), {}), ("set_waiting", (id, e, r.random() < 0.5), {}),
-            *([("finish_job", (id, e, r.choice(("succeeded", "failed", "failed"))), dict(outputs=out, error=r.choice((None, *ERRORS)))),
-               ("finish_jobs", ([end_params(i, epoch(i), "failed", {"v": 1}, r.choice(ERRORS)) for i in r.sample(JOBS, 2)],), {}),
-               ("cancel_job", (id,), {}), ("delete_job", (id,), {})] if r.random() < 0.25 else []), *[("retry_job", (id,), {})] * 2,
-            ("ask", (id, key, "ok? \0", r.choice((None, ART))), {}) if id in m.job_rows else ("orphan_jobs", (), {}),
-            ("approval", (id, key), {}), ("decide", (id, key, r.random() < 0.7, "me"), {}), ("step", (id, key), {}),
-            ("queue_steps", ([many("queued") for _ in "ab"],), {}), ("record_steps", ([many() for _ in "ab"],), {}),
-            ("find_cached_many", (["h1", "", "h2"],), {}),
-            ("waiting_results", ([(job(), k) for k in r.sample(KEYS, 2)],), {}), ("find_cached", (r.choice(("", "h1", "h2")),), {}),
-            *[("queue_step", (id, e, new_row(r, id)), {})] * 4, *[("record_step", (id, e, new_row(r, id)), {})] * 2,
-            *[("claim_step", (id, key, r.choice(WORKERS), lease()), {})] * 6,
-            ("renew_steps", ([(id, k, attempt(id, k)) for k in KEYS] + [(id, "no", 1)], lease()), {}),
-            *[("commit_step", (id, key, a, out, r.choice((None, ART)), {"s": 1}), {})] * 2,
-            *[("fail_step", (id, key, a, r.choice(ERRORS)), dict(retry=r.random() < 0.6, notebook=r.choice((None, ART))))] * 2,
-            *[("release_step", (id, key, a), {})] * 3, *[("mark_published", (pairs,), {}), ("unpublish", (pairs,), {})] * 2,
-            ("unpublish_all", (), {}), ("unpublished", (r.choice((0.0005, 1.0)),), {}), ("queued_steps", (), {}),
-            ("expired_steps", (), {}), ("requeue_expired", (r.choice((1, 100)),), {}), ("poisoned", (r.choice((1, 1, 2)),), {}),
-            ("fail_queued", (id, key, r.choice(ERRORS)), {})])
+        pairs = [(j, k, m.step_rows.get((j, k), {}).get("entry_id") or r.choice(IDS))
+                 for j, k in ((job(), k) for k in r.sample(KEYS, 2))]
+        yield r.choice(
+            [  # weights by repetition
+                (
+                    "submit",
+                    (r.choice(GRAPHS), {"text": r.choice("xy")}),
+                    dict(
+                        id=id,
+                        priority=r.choice(("high", "normal", "low", "odd")),
+                        parent=r.choice((None, "job_a")),
+                        fresh=r.choice(((), ("say",))),
+                    ),
+                ),
+                ("submit", (GRAPHS[0], {"text": "x"}), dict(id="job_c", idempotency_key="k")),
+                ("job", (id,), {}),
+                (
+                    "jobs",
+                    (r.choice((None, "running", "failed")), r.choice((None, "one"))),
+                    dict(limit=2, before=r.choice((None, job())), parent=r.choice((None, None, "job_a"))),
+                ),
+                *[
+                    (
+                        "lease_jobs",
+                        (r.choice("cd"), lease(), r.choice((1, 5))),
+                        dict(job_id=r.choice((None, id)), expired=r.random() < 0.8),
+                    )
+                ]
+                * 2,
+                ("now", (), {}),
+                ("orphan_jobs", (), {}),
+                ("renew_jobs", (r.choice("cd"), {i: epoch(i) for i in {id, job(), "job_no"}}, lease()), {}),
+                ("release_job", (id, e), {}),
+                ("set_waiting", (id, e, r.random() < 0.5), {}),
+                *(
+                    [
+                        (
+                            "finish_job",
+                            (id, e, r.choice(("succeeded", "failed", "failed"))),
+                            dict(outputs=out, error=r.choice((None, *ERRORS))),
+                        ),
+                        (
+                            "finish_jobs",
+                            (
+                                [
+                                    end_params(i, epoch(i), "failed", {"v": 1}, r.choice(ERRORS))
+                                    for i in r.sample(JOBS, 2)
+                                ],
+                            ),
+                            {},
+                        ),
+                        ("cancel_job", (id,), {}),
+                        ("delete_job", (id,), {}),
+                    ]
+                    if r.random() < 0.25
+                    else []
+                ),
+                *[("retry_job", (id,), {})] * 2,
+                ("ask", (id, key, "ok? \0", r.choice((None, ART))), {})
+                if id in m.job_rows
+                else ("orphan_jobs", (), {}),
+                ("approval", (id, key), {}),
+                ("decide", (id, key, r.random() < 0.7, "me"), {}),
+                ("step", (id, key), {}),
+                ("queue_steps", ([many("queued") for _ in "ab"],), {}),
+                ("record_steps", ([many() for _ in "ab"],), {}),
+                ("find_cached_many", (["h1", "", "h2"],), {}),
+                ("waiting_results", ([(job(), k) for k in r.sample(KEYS, 2)],), {}),
+                ("find_cached", (r.choice(("", "h1", "h2")),), {}),
+                *[("queue_step", (id, e, new_row(r, id)), {})] * 4,
+                *[("record_step", (id, e, new_row(r, id)), {})] * 2,
+                *[("claim_step", (id, key, r.choice(WORKERS), lease()), {})] * 6,
+                ("renew_steps", ([(id, k, attempt(id, k)) for k in KEYS] + [(id, "no", 1)], lease()), {}),
+                *[("commit_step", (id, key, a, out, r.choice((None, ART)), {"s": 1}), {})] * 2,
+                *[
+                    (
+                        "fail_step",
+                        (id, key, a, r.choice(ERRORS)),
+                        dict(retry=r.random() < 0.6, notebook=r.choice((None, ART))),
+                    )
+                ]
+                * 2,
+                *[("release_step", (id, key, a), {})] * 3,
+                *[("mark_published", (pairs,), {}), ("unpublish", (pairs,), {})] * 2,
+                ("unpublish_all", (), {}),
+                ("unpublished", (r.choice((0.0005, 1.0)),), {}),
+                ("queued_steps", (), {}),
+                ("expired_steps", (), {}),
+                ("requeue_expired", (r.choice((1, 100)),), {}),
+                ("poisoned", (r.choice((1, 1, 2)),), {}),
+                ("fail_queued", (id, key, r.choice(ERRORS)), {}),
+            ]
+        )
 
 
-UNORDERED = {"waiting_results", "requeue_expired", "poisoned", "expired_steps"}  # one moment for several rows: any order among them
+UNORDERED = {
+    "waiting_results",
+    "requeue_expired",
+    "poisoned",
+    "expired_steps",
+}  # one moment for several rows: any order among them
 OLDEST_FIRST = {"unpublished", "queued_steps"}
 
 

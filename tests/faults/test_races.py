@@ -23,6 +23,7 @@ from myspinbot.graph import Pipeline
 from myspinbot.journal import Journal
 from myspinbot.schema import JOB_END, STEP_END, Graph, Job, Node, StepMessage, StepRow
 from myspinbot.worker import Worker
+import itertools
 
 TOYS = Path(__file__).parents[1] / "pipelines"
 ONE = Graph(name="one", nodes=[Node(id="say", step="toy.mark")])
@@ -144,7 +145,7 @@ def test_retry_racing_cancel_leaves_one_of_both(journal):
         assert told[-1].body["status"] == now.status in ("queued", "cancelled") and told[-1].body["epoch"] == now.epoch
         assert step.status == {"queued": "pending", "cancelled": "cancelled"}[now.status]
         states = [e.body["status"] for e in told][3:]  # after queued, running, failed
-        assert all((a, b) in {("queued", "cancelled"), ("cancelled", "queued")} for a, b in zip(states, states[1:], strict=False))
+        assert all((a, b) in {("queued", "cancelled"), ("cancelled", "queued")} for a, b in itertools.pairwise(states))
         assert sum(o == "queued" for o in states) == sum(isinstance(o, Job) and o.status == "queued" for o in answers[::2])
         assert not journal.commit_step(job.id, "say", row.attempt, {"value": "late"})
         seen[now.status] += 1

@@ -17,7 +17,8 @@ def test_two_thousand_schedules_keep_the_promise():
         sim = Sim(seed).run()
         assert not sim.violations, f"python tests/faults/simulate.py --replay {seed}\n" + "\n".join(sim.violations)
         total += summary(sim)
-    for what in ("calm", "crashes", "stop", "freeze", "lost replies", "flush", "restore", "regroup", "lose", "duplicate", "takeovers"):
+    for what in ("calm", "crashes", "stop", "freeze", "lost replies", "flush", "restore", "regroup", "lose", "duplicate",
+                 "takeovers", "jump"):
         assert total[what] > 50, f"{what} hardly happened: {total}"
 
 
@@ -48,9 +49,24 @@ ANY_ATTEMPT = 's["attempt"] == attempt and ', ""
 MUTATIONS = {
     "the end of an attempt is not fenced": (MemoryJournal, "mine", *ANY_ATTEMPT),
     "a claim ignores leases": (MemoryJournal, "claim_step", 's["lease_until"] < now', "True"),
-    "a silent worker's step is not queued again": (MemoryJournal, "requeue_expired", 'self.over(s["lease_until"])', "False"),
-    "steps are written under any epoch": (MemoryJournal, "written", 'self.live(o["job"], o["epoch"])', 'self.live(o["job"])'),
-    "an ended job can be ended again": (MemoryJournal, "end_jobs", 'self.live(o["job"], o.get("epoch"))', 'self.job_rows.get(o["job"])'),
+    "a silent worker's step is not queued again": (
+        MemoryJournal,
+        "requeue_expired",
+        'self.over(s["lease_until"])',
+        "False",
+    ),
+    "steps are written under any epoch": (
+        MemoryJournal,
+        "written",
+        'self.live(o["job"], o["epoch"])',
+        'self.live(o["job"])',
+    ),
+    "an ended job can be ended again": (
+        MemoryJournal,
+        "end_jobs",
+        'self.live(o["job"], o.get("epoch"))',
+        'self.job_rows.get(o["job"])',
+    ),
     "a cancelled job leaves its steps open": (MemoryJournal, "end_jobs", 's["status"] not in STEP_END', "False"),
     "a repeated queueing starts over": (MemoryJournal, "queue_steps", 's["status"] != "pending"', "False"),
     "an idempotency key is not looked at": (MemoryJournal, "submit", 'self.keys.get(idempotency_key, "")', '""'),
@@ -58,10 +74,20 @@ MUTATIONS = {
     "job leases are always free": (MemoryJournal, "free", 'self.over(j["lease_until"])', "True"),
     "a handed-back attempt is not given away": (MemoryJournal, "release_step", 'status="queued"', 'status="running"'),
     "the reconciler forgets to unpublish": (Conductor, "unpublish", "self.journal.unpublish(gone)", "pass"),
-    "the reconciler does not publish": (Conductor, "reconcile", "self.journal.unpublished(older_s=1.0, limit=2000)", "[]"),
+    "the reconciler does not publish": (
+        Conductor,
+        "reconcile",
+        "self.journal.unpublished(older_s=1.0, limit=2000)",
+        "[]",
+    ),
     "the reconciler leaves poison": (Conductor, "reconcile", "self.journal.poisoned()", "[]"),
-    "a conductor does not look at what is done": (Conductor, "execute", "if row and row.status in STEP_END", "if False"),
-    "a conductor does not renew": (Conductor, "renew", 'if held else {}', 'if False else {}'),
+    "a conductor does not look at what is done": (
+        Conductor,
+        "execute",
+        "if row and row.status in STEP_END",
+        "if False",
+    ),
+    "a conductor does not renew": (Conductor, "renew", "if held else {}", "if False else {}"),
     "a waiter trusts the hints": (Waiter, "run", "look = set(self.futures)", "look = set()"),
     "a worker does not renew": (Worker, "beat", "if not held: return", "return"),
     "nobody reclaims": (Worker, "take", "old := self.not_running(old)", "False"),
@@ -69,8 +95,18 @@ MUTATIONS = {
     "a draining worker forgets to release": (Worker, "settle", 'run.stop == "draining" and', "False and"),
     "a lost attempt counts as a failed one": (Worker, "write", "row.attempt - row.lost <=", "row.attempt <="),
     "a cancelled attempt may commit": (MemoryJournal, "mine", ' and s["status"] == status', ""),
-    "every failure is tried again": (Worker, "write", "bool(error and error.retryable) and row.attempt - row.lost <= row.retries", "True"),
-    "what cannot be stored is dropped": (Worker, "write", "except SpinError as e: error = e", 'except SpinError as e: return "refused"'),
+    "every failure is tried again": (
+        Worker,
+        "write",
+        "bool(error and error.retryable) and row.attempt - row.lost <= row.retries",
+        "True",
+    ),
+    "what cannot be stored is dropped": (
+        Worker,
+        "write",
+        "except SpinError as e: error = e",
+        'except SpinError as e: return "refused"',
+    ),
 }
 
 

@@ -1,8 +1,9 @@
 """Time, threads and asyncio for the simulation: one real thread, a virtual clock, and a seed that decides who goes next.
 
-Each thread, task and coroutine of the product runs as a greenlet ("fiber"). It runs until it waits (for time, a lock, a future, or a
-server), so a run of the whole installation is a sequence of such slices, and the sequence follows from the seed alone. Modules of the
-product get the stand-ins below in place of `threading`, `time` and `asyncio`; nothing in them knows of it.
+Each thread, task and coroutine of the product runs as a greenlet ("fiber"). It runs until it waits (for time, a lock,
+a future, or a server), so a run of the whole installation is a sequence of such slices, and the sequence follows from
+the seed alone. Modules of the product get the stand-ins below in place of `threading`, `time` and `asyncio`; nothing
+in them knows of it.
 """
 import random
 from collections.abc import Callable, Coroutine, Generator, Iterable
@@ -181,7 +182,9 @@ def join(world: World, fibers: Iterable[Fiber], timeout: float | None = None) ->
 class Pool:
     "ThreadPoolExecutor; the worker never gives it more than it has threads for."
     def __init__(self, world: World, size: int, thread_name_prefix: str = ""): self.world, self.fibers = world, []
-    def submit(self, fn: Callable, *args: Any) -> None: self.fibers.append(self.world.spawn(getcurrent().process, lambda: fn(*args), 1e-6))
+
+    def submit(self, fn: Callable, *args: Any) -> None:
+        self.fibers.append(self.world.spawn(getcurrent().process, lambda: fn(*args), 1e-6))
     def shutdown(self, wait: bool = True) -> None: join(self.world, self.fibers)
 
 

@@ -8,7 +8,9 @@ __all__ = ['VERSION', 'COMMAND_S', 'BLOCK_MS', 'HINT_ALL', 'Entry', 'hide_passwo
 
 # %% ../nbs/11_bridge.ipynb #a059a2a8
 import json, secrets, threading, time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import count as counter
@@ -113,6 +115,8 @@ class Bridge:
         self._grouped: set[str] = set()
         self._turn = counter()
         self._shas: dict[str, str] = {}
+        self._ends: deque[tuple[str, str, str, Future[bool]]] = deque()  # stream, id, hint
+        self._ending = threading.Lock()
 
     def _errors(self, operation: str) -> AbstractContextManager[None]: return redis_errors(self.url, operation)
 
@@ -290,18 +294,30 @@ def finish_many(self: Bridge,
     items: Sequence[tuple[Entry, dict[str, Any] | None]],  # entry, hint for the conductor
 ) -> int:  # how many of them were pending until now
     "Acknowledge, delete and publish the hints, as one command."
-    if not items: return 0
-    args = [o for e, hint in items for o in (e.id, json.dumps(hint) if hint else "")]
-    with self._errors("finish"):
-        return self._script(self._redis, FINISH, [e.stream for e, _ in items], GROUP, DONE, *args)
+    return sum(_finish(self, [(e.stream, e.id, json.dumps(hint) if hint else "") for e, hint in items]))
+
+def _finish(bridge: Bridge, items: Sequence[tuple[str, str, str]]) -> list[int]:
+    "Stream, id and hint of each; 1 for each that was pending until now."
+    if not items: return []
+    args = [o for _, id, hint in items for o in (id, hint)]
+    with bridge._errors("finish"):
+        return bridge._script(bridge._redis, FINISH, [o[0] for o in items], GROUP, DONE, *args)
 
 @patch
 def finish(self: Bridge,
     entry: Entry,                             # whose result stands in the journal
     hint: dict[str, Any] | None = None,       # {"job", "key"} for `follow_done`
 ) -> bool:  # False: it was finished before
-    "Remove an entry for good and publish the hint."
-    return self.finish_many([(entry, hint)]) == 1
+    "Remove an entry for good and publish the hint; threads that do so at once share a round trip."
+    mine: Future[bool] = Future()
+    self._ends.append((entry.stream, entry.id, json.dumps(hint) if hint else "", mine))
+    with self._ending:
+        batch = [] if mine.done() else [self._ends.popleft() for _ in range(len(self._ends))]
+        try:
+            for (*_, end), done in zip(batch, _finish(self, [o[:3] for o in batch]), strict=True): end.set_result(done == 1)
+        except BaseException as e:  # a thread whose entry was in this batch would wait for ever
+            for *_, end in batch: end.set_exception(e)
+    return mine.result()
 
 @patch
 def hand_back(self: Bridge, entry: Entry) -> str | None:
@@ -583,7 +599,8 @@ class MemoryBridge(_MemoryWork):
                 if hint: self._tell(DONE, json.dumps(hint).encode())
         return done
 
-    finish = Bridge.finish
+    def finish(self, entry: Entry, hint: dict[str, Any] | None = None) -> bool:
+        return self.finish_many([(entry, hint)]) == 1
 
     def hand_back(self, entry: Entry) -> str | None:
         with self._lock:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from myspinbot.attempts import MAX_LEASE_S, MAX_LOST, fenced, step_params
+from myspinbot.attempts import MAX_LEASE_S, MAX_LOST, Place, fenced, step_params
 from myspinbot.core import Conflict, FenceLost, InputError, NotFound, hash_json, new_id
 from myspinbot.journal import Journal
 from myspinbot.schema import JOB_END, STEP_END, Artifact, Event, Graph, Job, StepRow, dump_value, parse_value
@@ -376,13 +376,17 @@ class MemoryJournal:
         for s in rows: s["entry_id"] = None
         return len(rows)
 
-    def unpublished(self, older_s: float = 1.0, limit: int = 1000) -> list[StepRow]:
-        now = self.clock()
-        rows = self.in_order("queued", lambda s: s["entry_id"] is None and not now - older_s <= s["queued_at"] <= now)
-        return [self.as_step(s) for s in rows[:limit]]
+    def places(self, limit: int, when: Callable[[Row], bool]) -> list[Place]:
+        rows = self.in_order("queued", when)[:limit]
+        return [Place(s["job"], s["key"], s["queue"], s["priority"], s["entry_id"], moment(s["queued_at"]), s["n"]) for s in rows]
 
-    def queued_steps(self, limit: int = 1000) -> list[StepRow]:
-        return [self.as_step(s) for s in self.in_order("queued", lambda s: s["entry_id"] is not None)[:limit]]
+    def unpublished(self, older_s: float = 1.0, limit: int = 1000) -> list[Place]:
+        now = self.clock()
+        return self.places(limit, lambda s: s["entry_id"] is None and not now - older_s <= s["queued_at"] <= now)
+
+    def queued_steps(self, after: Place | None = None, limit: int = 1000) -> list[Place]:
+        def later(s: Row) -> bool: return after is None or (moment(s["queued_at"]), s["n"]) > (after.at, after.n)
+        return self.places(limit, lambda s: s["entry_id"] is not None and later(s))
 
     def expired_steps(self, limit: int = 1000) -> list[StepRow]:
         now = self.clock()

@@ -77,7 +77,7 @@ MUTATIONS = {
     "the reconciler does not publish": (
         Conductor,
         "reconcile",
-        "self.journal.unpublished(older_s=1.0, limit=2000)",
+        "self.journal.unpublished(older_s=1.0, limit=PAGE)",
         "[]",
     ),
     "the reconciler leaves poison": (Conductor, "reconcile", "self.journal.poisoned()", "[]"),

@@ -156,7 +156,7 @@ def beat(self: Worker) -> None:
     if not held: return
     states = self.journal.renew_steps([(o.row.job, o.row.key, o.row.attempt) for o in held], self.cfg.lease_s)
     for o in held:
-        state = states.get((o.row.job, o.row.key), "lost")
+        state = states.get((o.row.job, o.row.key, o.row.attempt), "lost")
         if state != "ok":
             log.warning("step must stop", job=o.row.job, key=o.row.key, why=state)
             o.stop = state
@@ -187,7 +187,7 @@ def look_after(self: Worker, job: str, stop: threading.Event) -> None:
     for o in held:
         state = self.insist(self.journal.renew_steps, [(o.row.job, o.row.key, o.row.attempt)], self.cfg.lease_s,
             stop=stop)
-        if (what := state.get((o.row.job, o.row.key), "lost")) != "ok": o.stop = what
+        if (what := state.get((o.row.job, o.row.key, o.row.attempt), "lost")) != "ok": o.stop = what
 
 # %% ../nbs/24_worker.ipynb #2b0ae4c6
 @patch

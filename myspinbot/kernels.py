@@ -6,14 +6,15 @@
 __all__ = ['Kernel', 'KernelPool']
 
 # %% ../nbs/21_kernels.ipynb #65d2f5b1
-import contextlib, json, re, secrets, signal, threading, time
+import contextlib, json, os, re, secrets, signal, sys, threading, time
 from collections.abc import Callable
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from fastcore.basics import patch
 
-from .core import KernelDied, NotFound, ServiceUnavailable, SpinError
+from .core import Cancelled, KernelDied, NotFound, ServiceUnavailable, SpinError
 from .launch import Launcher, kill_group, mtime_ns, source_stamp
 
 # %% ../nbs/21_kernels.ipynb #70513486
@@ -25,6 +26,7 @@ class Kernel:
         launcher: Launcher,
         name: str = "python3",  # kernel spec; python3 is forked, another one executed
         cwd: str | Path | None = None,
+        start_s: float = 60.0,  # how long it may take until it answers
     ):
         from jupyter_client.session import Session
         self.id, self.launcher, self.name = secrets.token_hex(4), launcher, name
@@ -36,11 +38,11 @@ class Kernel:
         fields = dict(_PORTS, ip=str(self.base), transport="ipc", key=self.key, signature_scheme="hmac-sha256")
         connection.write_text(json.dumps(dict(fields, kernel_name=name)))
         self.session = Session(key=self.key.encode(), signature_scheme="hmac-sha256")
-        argv, env = ([], {}) if self.python else _command(name, connection)
+        argv, env = ([], {}) if self.python else _command(name, connection)  # before a launcher is asked
         self.sockets: dict[str, Any] = {}
         self.pid = launcher.spawn(connection=str(connection), log=str(self.log), argv=argv, env=env,
                                   cwd=str(cwd or launcher.folder))
-        try: self._connect()
+        try: self._connect(start_s)
         except BaseException:
             self.kill()
             raise
@@ -87,7 +89,9 @@ def _command(name: str, connection: Path) -> tuple[list[str], dict[str, str]]:
     try: spec = KernelSpecManager().get_kernel_spec(name)
     except NoSuchKernel as e: raise NotFound(f"No kernel {name!r} here.", "Run `jupyter kernelspec list`.") from e
     places = dict(connection_file=str(connection), resource_dir=spec.resource_dir)
-    return [re.sub(r"\{(\w+)\}", lambda m: places.get(m[1], m[0]), o) for o in spec.argv], dict(spec.env)
+    argv = [re.sub(r"\{(\w+)\}", lambda m: places.get(m[1], m[0]), o) for o in spec.argv]
+    if re.fullmatch(r"python(3(\.\d+)?)?", argv[0]): argv[0] = sys.executable
+    return argv, os.environ | {k: Template(v).safe_substitute(os.environ) for k, v in spec.env.items()}
 
 # %% ../nbs/21_kernels.ipynb #ba865de0
 @patch
@@ -112,7 +116,8 @@ def _connect(self: Kernel, timeout_s: float = 60.0) -> None:
             elif message["msg_type"] == "kernel_info_reply": answered, self.info = True, message["content"]
             if answered and heard: break
         if not self.alive(): raise self.died()
-        if time.monotonic() > end: raise ServiceUnavailable(f"Kernel {self.name!r} did not start in {timeout_s:g} s.")
+        if time.monotonic() > end:
+            raise ServiceUnavailable(f"Kernel {self.name!r} did not start in {timeout_s:g} s.", start_s=timeout_s)
 
 @patch
 def _messages(self: Kernel, wait_s: float) -> list[tuple[str, dict[str, Any]]]:
@@ -131,9 +136,9 @@ def _messages(self: Kernel, wait_s: float) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 @patch
-def send(self: Kernel, code: str, *, silent: bool = False, expression: str = "") -> str:
+def send(self: Kernel, code: str, *, silent: bool = False, expression: str = "", stop_on_error: bool = True) -> str:
     "Send a cell without waiting; its message id."
-    content = dict(code=code, silent=silent, store_history=not silent, allow_stdin=False, stop_on_error=True,
+    content = dict(code=code, silent=silent, store_history=not silent, allow_stdin=False, stop_on_error=stop_on_error,
                    user_expressions={"spin": expression} if expression else {})
     return self.session.send(self.sockets["shell"], "execute_request", content)["header"]["msg_id"]
 
@@ -143,13 +148,15 @@ def request(self: Kernel,
     *,
     silent: bool = False,
     expression: str = "",  # evaluated after the cell; its repr comes back in `user_expressions`
+    stop_on_error: bool = True,  # False: the kernel takes the next cell even if it comes at once
     on_message: Callable[[dict[str, Any]], None] | None = None,  # for each output message
     watch: Callable[[], None] | None = None,
     outputs_s: float = 60.0,  # after the reply, how long to wait for outputs that are still on their way
     reply_s: float = 5.0,     # after the last output, how long to wait for the reply
 ) -> dict[str, Any]:  # content of the reply
     "Run one cell to its end; raises `KernelDied`."
-    sent, reply, idle = self.send(code, silent=silent, expression=expression), None, False
+    sent = self.send(code, silent=silent, expression=expression, stop_on_error=stop_on_error)
+    reply, idle = None, False
     look = last = time.monotonic()
     while reply is None or not idle:
         messages = self._messages(0.05)
@@ -182,7 +189,9 @@ def call(self: Kernel, expression: str, timeout_s: float = 20.0) -> Any:
 @patch
 def enter(self: Kernel, context: dict[str, Any] | None, cwd: str) -> None:
     "Prepare a run. It goes ahead of the first cell without waiting, so it costs no round trip of its own."
-    self.begun = self.send("", silent=True, expression=_inside(f"begin({context!r}, {cwd!r})"))
+    was, now = self.launcher.env, dict(os.environ)
+    env = {k: now.get(k) for k in was.keys() | now.keys() if was.get(k) != now.get(k)} if was != now else None
+    self.begun = self.send("", silent=True, expression=_inside(f"begin({context!r}, {cwd!r}, {env!r})"))
 
 @patch
 def _result(self: Kernel, what: str, reply: dict[str, Any]) -> Any:
@@ -226,6 +235,10 @@ class KernelPool:
         fresh: bool = False,     # a never-used one
         name: str = "python3",   # kernel spec; one of another language is always fresh
         timeout_s: float = 120,  # how long to wait while all kernels are in use
+        *,
+        cwd: str | Path | None = None,  # for a kernel of another language
+        start_s: float = 60.0,          # for the start of a kernel
+        should_stop: Callable[[], str | None] | None = None,  # a reason to give up waiting, asked about every 50 ms
     ) -> Kernel:
         "A kernel to run one notebook; give it back with `release`."
         fresh, end = fresh or name != "python3", time.monotonic() + timeout_s
@@ -234,11 +247,11 @@ class KernelPool:
                 if self._closed: raise ServiceUnavailable("The kernel pool is closed.")
                 kernel, victim = self._pick(family, fresh, name), None
                 if kernel is None and self._resetting.get(family) and not fresh:
-                    self._changed.wait(0.05)
+                    self._wait(0.05, should_stop)
                     continue
                 if kernel is None and self._total() >= self.max_kernels: victim = self._victim()
                 if kernel is None and victim is None and self._total() >= self.max_kernels:
-                    if not self._changed.wait(max(0.0, end - time.monotonic())) and time.monotonic() >= end:
+                    if not self._wait(end - time.monotonic(), should_stop) and time.monotonic() >= end:
                         fix = "Raise max_kernels or lower the slots."
                         raise ServiceUnavailable(f"All {self.max_kernels} kernels are in use.", fix)
                     continue
@@ -247,11 +260,15 @@ class KernelPool:
             if kernel and self._usable(kernel): break
             if kernel: self._retire(kernel)
             else:
-                kernel = self._start(name)
+                kernel = self._start(name, cwd, start_s)
                 break
             with self._changed: self._used -= 1
         kernel.family, kernel.runs = family, kernel.runs + 1
         return kernel
+
+    def _wait(self, seconds: float, should_stop: Callable[[], str | None] | None) -> bool:
+        if why := should_stop and should_stop(): raise Cancelled(f"Stopped: {why}.", reason=why)
+        return self._changed.wait(min(0.05, max(0.0, seconds)))
 
     def _total(self) -> int: return len(self._idle) + len(self._spares) + self._used
     def _usable(self, kernel: Kernel) -> bool: return kernel.alive() and kernel.current()
@@ -269,9 +286,9 @@ class KernelPool:
         if self._idle: return self._idle.pop(0)
         return self._spares.pop() if self._spares else None
 
-    def _start(self, name: str = "python3") -> Kernel:
+    def _start(self, name: str = "python3", cwd: str | Path | None = None, start_s: float = 60.0) -> Kernel:
         "A new kernel, counted in `_used` by the caller."
-        try: return Kernel(self._current(), name)
+        try: return Kernel(self._current(), name, cwd, start_s)
         except BaseException:
             with self._changed:
                 self._used -= 1
@@ -297,11 +314,13 @@ class KernelPool:
 def release(self: KernelPool,
     kernel: Kernel,
     ok: bool = True,  # False: the run failed or was stopped, so the kernel's state is unknown
+    wait: bool = False,  # return when it is done, such as when the caller reads files that the run left open
 ) -> None:
     "Give a kernel back; it is reset, or ended, beside the caller."
     keep = ok and not self._closed and kernel.python and kernel.runs < self.max_runs and self._usable(kernel)
     if keep:
         with self._changed: self._resetting[kernel.family] = self._resetting.get(kernel.family, 0) + 1
+    if wait: return self._take_back(kernel, keep)
     threading.Thread(target=self._take_back, args=(kernel, keep), name=f"reset-{kernel.id}", daemon=True).start()
 
 @patch
@@ -338,13 +357,18 @@ def refill(self: KernelPool) -> None:
             self._changed.notify_all()
 
 @patch
-def close(self: KernelPool) -> None:
+def close(self: KernelPool,
+    farewell: bool = False,  # let idle kernels run the exit handlers of what they imported
+) -> None:
     "End all kernels, running ones too."
     with self._changed:
         self._closed = True
         waiting, self._idle, self._spares = self._idle + self._spares, [], []
         self._changed.notify_all()
-    for k in waiting: self._retire(k)
+    for k in waiting:
+        with contextlib.suppress(KernelDied):
+            if farewell and k.runs: k.call("farewell()")
+        self._retire(k)
     with self._launching:
         for o in [*self._old, *([self._launcher] if self._launcher else [])]: o.close()
         self._old, self._launcher = [], None

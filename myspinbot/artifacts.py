@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from fastcore.basics import patch
 
-from .core import ConfigError, InputError, NotFound, ServiceUnavailable, hash_file
+from .core import ConfigError, InputError, NotFound, ServiceUnavailable, hash_file, orphaned, process_tag
 from .schema import Artifact
 
 # %% ../nbs/13_artifacts.ipynb #836a4d0b
@@ -58,6 +58,7 @@ class Store(Protocol):
     def url(self, artifact: Artifact) -> str: "An address for a browser or a player."
     def delete(self, sha256: str) -> bool: "Forget a blob; false when it was not here."
     def list(self) -> Iterator[str]: "The sha256 of every blob."
+    def sweep(self) -> int: "Remove what writers that died left half done; how many."
 
 def safe_name(name: str) -> str:
     "A file name without folders and control characters, 120 characters at most."
@@ -92,7 +93,7 @@ def whole_file(
     path: Path,  # where the file shall appear
 ) -> Iterator[BinaryIO]:
     "Write a file that appears only when it is complete; raises `ServiceUnavailable` when the disk does not take it."
-    tmp = path.parent / f".{path.name[:80]}.{secrets.token_hex(4)}.part"
+    tmp = path.parent / f".{path.name[:60]}.{secrets.token_hex(4)}{process_tag()}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, "xb") as f:
@@ -136,7 +137,7 @@ class LocalStore:
 
     def put_stream(self, source: BinaryIO, media_type: str | None, name: str) -> Artifact:
         "Store what a stream gives: one pass that hashes and writes."
-        tmp = self.root / "tmp" / secrets.token_hex(8)
+        tmp = self.root / "tmp" / f"{secrets.token_hex(8)}{process_tag()}"
         try:
             with whole_file(tmp) as f: sha256, size, head = copy_hashed(source, f)
             target = self.path(sha256)
@@ -177,6 +178,12 @@ class LocalStore:
         "The sha256 of every blob."
         for p in sorted(self.root.glob("[0-9a-f][0-9a-f]/*")):
             if len(p.name) == 62: yield p.parent.name + p.name
+
+    def sweep(self) -> int:
+        "Remove the unfinished files of writers that died."
+        left = [o for o in (self.root / "tmp").glob("*-*@*") if orphaned(o.name)]
+        for o in left: o.unlink(missing_ok=True)
+        return len(left)
 
 # %% ../nbs/13_artifacts.ipynb #5aa987cd
 def place(
@@ -387,6 +394,11 @@ def list(self: S3Store) -> Iterator[str]:
     while o := self.call(lambda bucket_name: next(objects, None)):
         name = o.object_name.removeprefix(self.prefix).replace("/", "")
         if len(name) == 64: yield name
+
+@patch
+def sweep(self: S3Store) -> int:
+    "Remove the unfinished files of writers that died from the cache."
+    return self.cache.sweep() if self.cache else 0
 
 # %% ../nbs/13_artifacts.ipynb #5cb0158b
 def open_store(

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from .core import ServiceUnavailable
 from .keys import (BODY, BURY, CANCEL, DEAD, DEAD_MAXLEN, DONE, EPOCH, FINISH, FORGET, GROUP, HAND_BACK, JOBS,
-    JOBS_GROUP, JOBS_MAXLEN, OWN, PREFIX, PRIORITIES, READ, RECLAIM, RENEW, split_stream, work_stream)
+    JOBS_GROUP, JOBS_MAXLEN, OWN, PREFIX, PRIORITIES, READ, RECLAIM, RENEW, SILENT, split_stream, work_stream)
 from .schema import Priority, StepMessage
 
 # %% ../nbs/11_bridge.ipynb #48698620
@@ -247,6 +247,7 @@ def reclaim(self: Bridge,
         rows = self._script(self._redis, RECLAIM, self._streams(queues), GROUP, consumer, min_idle_ms, count)
     return [_row(o, consumer) for o in rows]
 
+# %% ../nbs/11_bridge.ipynb #71f0c2be
 @patch
 def own_pending(self: Bridge,
     queues: Sequence[str],  # which queues to look at
@@ -267,6 +268,21 @@ def forget_consumer(self: Bridge,
     if not queues: return True
     with self._errors("forget_consumer"):
         return self._script(self._redis, FORGET, self._streams(queues), GROUP, consumer) == 0
+
+@patch
+def forget_conductor(self: Bridge, name: str) -> None:
+    "Remove a conductor's name; it holds nothing, as hints are gone when they are read."
+    with self._errors("forget_conductor"): self._script(self._redis, FORGET, [JOBS], JOBS_GROUP, name)
+
+@patch
+def forget_silent(self: Bridge,
+    queues: Sequence[str],  # which queues to look at; the conductors' stream is looked at as well
+    idle_ms: int,           # not heard of for so long
+) -> int:  # names removed
+    "Remove the names of consumers that are gone and hold nothing; one that lives after all comes back with its next read."
+    with self._errors("forget_silent"):
+        gone = self._script(self._redis, SILENT, self._streams(queues), GROUP, idle_ms, "keep") if queues else 0
+        return gone + self._script(self._redis, SILENT, [JOBS], JOBS_GROUP, idle_ms, "drop")
 
 # %% ../nbs/11_bridge.ipynb #4a259033
 @patch
@@ -547,6 +563,9 @@ class MemoryBridge(_MemoryWork):
 
     def forget_consumer(self, queues: Sequence[str], consumer: str) -> bool:
         return not self.own_pending(queues, consumer)
+
+    def forget_conductor(self, name: str) -> None: return
+    def forget_silent(self, queues: Sequence[str], idle_ms: int) -> int: return 0  # here a name lives by what it holds
 
     def finish_many(self, items: Sequence[tuple[Entry, dict[str, Any] | None]]) -> int:
         done = 0

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SpinError', 'InputError', 'GraphError', 'ConfigError', 'NotFound', 'StepFailed', 'GateFailed', 'Cancelled',
            'FenceLost', 'Conflict', 'ServiceUnavailable', 'KernelDied', 'StepTimeout', 'error_from_dict',
-           'as_spin_error', 'canonical_json', 'hash_bytes', 'hash_json', 'hash_file', 'new_id', 'Settings', 'settings']
+           'as_spin_error', 'canonical_json', 'hash_bytes', 'hash_json', 'hash_file', 'new_id', 'process_tag',
+           'orphaned', 'Settings', 'settings']
 
 # %% ../nbs/00_core.ipynb #999b9cd0
-import hashlib, json, secrets
+import hashlib, json, os, re, secrets, socket
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -105,6 +106,22 @@ def new_id(
 ) -> str:  # kind, underscore, 16 hexadecimal digits
     "A random id."
     return f"{kind}_{secrets.token_hex(8)}"
+
+# %% ../nbs/00_core.ipynb #d19c2e07
+def process_tag() -> str:
+    "The end of a temporary file's name: who made it."
+    return f"-{os.getpid()}@{socket.gethostname()}"
+
+def orphaned(
+    name: str,  # of a file or folder
+) -> bool:
+    "Does the name end in the `process_tag` of a process of this machine that has ended?"
+    found = re.fullmatch(r".*-(\d+)@(.+?)(\.part)?", name)
+    if not found or found[2] != socket.gethostname(): return False
+    try: os.kill(int(found[1]), 0)
+    except ProcessLookupError: return True
+    except (PermissionError, OverflowError): return False
+    return False
 
 # %% ../nbs/00_core.ipynb #e0e98038
 class Settings(BaseSettings):

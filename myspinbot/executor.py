@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'RunContext', 'StepResult', 'versions', 'Tail', 'fetch_inputs', 'store_outputs', 'Executor']
 
 # %% ../nbs/23_executor.ipynb #89e16fec
-import json, mimetypes, os, re, secrets, shutil, sys, time
+import contextlib, json, mimetypes, re, secrets, shutil, sys, time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from typing import Any
 import myspinbot
 from .artifacts import Store, media_type_of
 from .catalogue import Catalogue, did_you_mean
-from .core import Cancelled, InputError, ServiceUnavailable, SpinError, StepFailed
+from .core import Cancelled, InputError, ServiceUnavailable, SpinError, StepFailed, orphaned, process_tag
 from .engine import RunRecord, run_notebook
 from .kernels import KernelPool
 from .schema import MEDIA, Artifact, Event, StepSpec, is_media, parse_value, port_type
@@ -167,8 +167,13 @@ class Executor:
     ):
         self.store, self.catalogue, self.pool = store, catalogue, pool
         self.scratch, self.grace_s = Path(scratch), grace_s
-        for old in self.scratch.glob("*-*"):
-            if not _lives(old.name.split("-")[0]): shutil.rmtree(old, ignore_errors=True)
+        self.sweep()
+
+    def sweep(self) -> None:
+        "Remove what attempts left whose process was killed, and what died while it wrote into the store."
+        for old in self.scratch.glob("*-*@*"):
+            if orphaned(old.name): shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(ServiceUnavailable): self.store.sweep()
 
     def run(self,
         spec: StepSpec,
@@ -179,7 +184,8 @@ class Executor:
         should_stop: Callable[[], str | None] = lambda: None,  # a reason to stop; asked about every 50 ms
     ) -> StepResult:
         "One attempt; raises nothing that is a `SpinError`."
-        folder = self.scratch / f"{os.getpid()}-{re.sub('[^a-z0-9_]', '_', context.key)[:40]}-{secrets.token_hex(4)}"
+        named = re.sub("[^a-z0-9_]", "_", context.key)[:40]
+        folder = self.scratch / f"{named}-{secrets.token_hex(4)}{process_tag()}"
         attempt = _Attempt(self, spec, context, folder)
         try:
             for part in ("in", "out"): (folder / part).mkdir(parents=True)
@@ -191,11 +197,6 @@ class Executor:
             return attempt.result("failed", error=ServiceUnavailable(f"Scratch folder {folder}: {e.strerror or e}.", fix))
         finally: shutil.rmtree(folder, ignore_errors=True)
 
-def _lives(pid: str) -> bool:
-    try: os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError): return False
-    except PermissionError: return True
-    return True
 
 # %% ../nbs/23_executor.ipynb #29dddbc1
 class _Attempt:
@@ -217,7 +218,8 @@ class _Attempt:
         values = self.timed("fetch", fetch_inputs, store, spec, inputs, self.folder / "in")
         if why := should_stop(): raise Cancelled(f"Stopped: {why}.", reason=why)
         tail = Tail(out / "events.jsonl", self.context, on_event)
-        told = dict(step=spec.id, folder=str(out.absolute()), outputs=spec.outputs)
+        told = dict(step=spec.id, folder=str(out.absolute()), outputs=spec.outputs, job=self.context.job,
+                    key=self.context.key, attempt=self.context.attempt)
         done = self.folder / f"{spec.id.replace('.', '_')}.ipynb"
         try:
             path = self.owner.catalogue.notebook(spec.id)

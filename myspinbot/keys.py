@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PREFIX', 'GROUP', 'JOBS_GROUP', 'JOBS', 'DEAD', 'EPOCH', 'DONE', 'CANCEL', 'PRIORITIES', 'BODY', 'JOBS_MAXLEN',
            'DEAD_MAXLEN', 'EVENTS_MAXLEN', 'EVENTS_EXPIRE_S', 'QUEUE_NAME', 'READ', 'FINISH', 'HELD', 'HAND_BACK',
-           'BURY', 'RENEW', 'RECLAIM', 'OWN', 'FORGET', 'work_stream', 'split_stream', 'event_stream', 'event_channel']
+           'BURY', 'RENEW', 'RECLAIM', 'OWN', 'FORGET', 'SILENT', 'work_stream', 'split_stream', 'event_stream',
+           'event_channel']
 
 # %% ../nbs/10_keys.ipynb #c88a4be9
 import re
@@ -177,4 +178,28 @@ for _, stream in ipairs(KEYS) do
   end
 end
 return kept
+"""
+
+# %% ../nbs/10_keys.ipynb #5ce8a1d0
+SILENT = """
+local gone = 0
+for _, stream in ipairs(KEYS) do
+  if ARGV[3] == 'drop' then
+    local held = redis.pcall('XPENDING', stream, ARGV[1], 'IDLE', ARGV[2], '-', '+', 1000)
+    for _, row in ipairs(held.err and {} or held) do
+      redis.call('XACK', stream, ARGV[1], row[1])
+      redis.call('XDEL', stream, row[1])
+    end
+  end
+  local consumers = redis.pcall('XINFO', 'CONSUMERS', stream, ARGV[1])
+  for _, row in ipairs(consumers.err and {} or consumers) do
+    local c = {}
+    for i = 1, #row, 2 do c[row[i]] = row[i + 1] end
+    if c.pending == 0 and c.idle >= tonumber(ARGV[2]) then
+      redis.call('XGROUP', 'DELCONSUMER', stream, ARGV[1], c.name)
+      gone = gone + 1
+    end
+  end
+end
+return gone
 """

@@ -22,7 +22,8 @@ _all_ = ["Audio", "Data", "Image", "Video"]
 _context: dict[str, Any] = {}
 
 def enter(
-    context: Mapping[str, Any] | None,  # `step` (id), `folder`, `outputs` (name -> type); None or empty: by hand
+    context: Mapping[str, Any] | None,  # `step` (id), `folder`, `outputs` (name -> type), and which attempt it is:
+                                        # `job`, `key`, `attempt`; None or empty: by hand
 ) -> None:
     "Say where the steps made from now on in this process run; called by the engine."
     _context.clear()
@@ -98,6 +99,8 @@ class Step:
             raise InputError(f"The notebook calls Step({id!r}) but it runs as step {_context['step']!r}.",
                              f"Write Step({_context['step']!r}), or correct `id` in the notebook's metadata.")
         self.id, self.on_worker = id, bool(_context)
+        # which attempt this is: what asks another server for work names the request by it, so that a lost reply is safe
+        self.job, self.key, self.attempt = (_context.get(k, v) for k, v in dict(job="", key=id, attempt=1).items())
         parent = Path(os.environ.get("SPIN_STEP_DIR") or "spin-steps")
         self.folder = Path(_context["folder"]) if _context else (parent / id).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -86,8 +86,27 @@ CREATE TRIGGER step_insert AFTER INSERT ON step FOR EACH ROW EXECUTE FUNCTION sp
 CREATE TRIGGER step_update AFTER UPDATE ON step FOR EACH ROW
   WHEN (OLD.status <> NEW.status OR OLD.attempt <> NEW.attempt) EXECUTE FUNCTION spin_step_event();
 """
-MIGRATIONS: tuple[tuple[int, str, str],
-                  ...] = ((1, "jobs, steps, events, approvals", _JOBS + _STEPS + _EVENTS),)
+_ORDER = """
+CREATE OR REPLACE FUNCTION spin_job_event() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  PERFORM pg_advisory_xact_lock(hashtextextended(NEW.id, 0));
+  INSERT INTO event (job, kind, body) VALUES (NEW.id, 'job', json_strip_nulls(json_build_object(
+    'status', NEW.status, 'owner', NEW.owner, 'epoch', nullif(NEW.epoch, 0), 'error', NEW.error ->> 'message')));
+  RETURN NULL;
+END $$;
+CREATE OR REPLACE FUNCTION spin_step_event() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  PERFORM pg_advisory_xact_lock(hashtextextended(NEW.job, 0));
+  INSERT INTO event (job, kind, key, body) VALUES (NEW.job, 'step', NEW.key, json_strip_nulls(json_build_object(
+    'status', NEW.status, 'step', NEW.step, 'attempt', nullif(NEW.attempt, 0), 'lost', nullif(NEW.lost, 0),
+    'worker', NEW.worker, 'origin', NEW.origin, 'error', NEW.error ->> 'message')));
+  RETURN NULL;
+END $$;
+ALTER TABLE event DROP COLUMN xid;
+"""
+MIGRATIONS: tuple[tuple[int, str, str], ...] = (
+    (1, "jobs, steps, events, approvals", _JOBS + _STEPS + _EVENTS),
+    (2, "the events of a job are numbered in the order of their commits", _ORDER))
 
 # %% ../nbs/14_tables.ipynb #66069e6a
 LOCK = 0x5350494E  # "SPIN": the advisory lock of all migrations

@@ -6,7 +6,7 @@
 __all__ = ['log', 'Running', 'Worker']
 
 # %% ../nbs/24_worker.ipynb #12e12843
-import threading, time
+import contextlib, threading, time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class Worker:
         self.journal, self.bridge, self.events, self.store, self.catalogue = journal, bridge, events, store, catalogue
         self.name, self.cfg, self.drain_s = name, cfg or settings(), drain_s
         self.pool = KernelPool(max_runs=self.cfg.kernel_max_runs, max_mb=self.cfg.kernel_max_mb)
-        self.executor = Executor(store, catalogue, self.pool, self.cfg.home / "scratch" / name.replace(":", "-"))
+        self.executor = Executor(store, catalogue, self.pool, self.cfg.home / "scratch")
         self.running: dict[tuple[str, str, int], Running] = {}
         self.changed = threading.Condition()  # guards `running`
         self.entries: list[Entry] = []        # one for each slot in use
@@ -168,16 +168,26 @@ def heartbeat(self: Worker, stop: threading.Event) -> None:
     while not stop.wait(self.cfg.lease_s / 3):
         try: self.beat()
         except ServiceUnavailable as e: log.warning("heartbeat had no answer", error=str(e))
+        except Exception as e: log.error("heartbeat failed; the next one may not", exc_info=e)
 
 @patch
 def listen_cancel(self: Worker, stop: threading.Event) -> None:
     "A cancelled job's steps stop at once, not at the next heartbeat."
-    for job in self.bridge.follow_cancel(stop):
-        with self.changed: held = [o for o in self.running.values() if job in (o.row.job, "") and o.stop is None]
-        for o in held:
-            state = self.insist(self.journal.renew_steps, [(o.row.job, o.row.key, o.row.attempt)], self.cfg.lease_s,
-                stop=stop)
-            if (what := state.get((o.row.job, o.row.key), "lost")) != "ok": o.stop = what
+    while not stop.wait(0.0):
+        try:
+            for job in self.bridge.follow_cancel(stop): self.look_after(job, stop)
+        except Exception as e:
+            log.error("listening for cancellations failed; trying again", exc_info=e)
+            stop.wait(1.0)
+
+@patch
+def look_after(self: Worker, job: str, stop: threading.Event) -> None:
+    "Ask the journal whether the steps of a job, or of all jobs for an empty id, may still run."
+    with self.changed: held = [o for o in self.running.values() if job in (o.row.job, "") and o.stop is None]
+    for o in held:
+        state = self.insist(self.journal.renew_steps, [(o.row.job, o.row.key, o.row.attempt)], self.cfg.lease_s,
+            stop=stop)
+        if (what := state.get((o.row.job, o.row.key), "lost")) != "ok": o.stop = what
 
 # %% ../nbs/24_worker.ipynb #2b0ae4c6
 @patch
@@ -185,6 +195,7 @@ def take(self: Worker, count: int) -> list[Entry]:
     "Up to `count` entries; blocks for at most a second."
     if time.monotonic() >= self.next_reclaim:
         self.next_reclaim = time.monotonic() + self.cfg.lease_s / 2
+        self.executor.sweep()
         old = self.bridge.reclaim(self.cfg.queues, self.name, int(self.cfg.lease_s * 1000), count)
         if old := self.not_running(old): return old
     return self.bridge.read(self.cfg.queues, self.name, count, 1000)
@@ -218,6 +229,7 @@ def run(self: Worker, stop: threading.Event) -> None:
         ended.set()
         for t in side: t.join(5)
         self.pool.close()
+        with contextlib.suppress(ServiceUnavailable): self.bridge.forget_consumer(self.cfg.queues, self.name)
 
 @patch
 def pending(self: Worker, stop: threading.Event) -> list[Entry]:

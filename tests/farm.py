@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,14 @@ class Farm:
                                      SPIN_WITNESS=str(self.witness))
         self.client = Client(self.cfg, Catalogue(pipelines))
 
-    def start(self, name: str) -> subprocess.Popen:
-        "Start `control`, or a worker under any other name."
+    def start(self, name: str, program: Sequence[str] = (sys.executable, "-m", "myspinbot.cli")) -> subprocess.Popen:
+        "Start `control`, or a worker under any other name; each life of a name appends to one log."
         args = ["control"] if name.startswith("control") else ["worker", "--name", name]
+        said = len(self.log(name))
         with open(self.logs / f"{name}.log", "ab") as log:
-            p = subprocess.Popen([sys.executable, "-m", "myspinbot.cli", *args], env=self.env, stdout=log, stderr=log,
-                start_new_session=True)
+            p = subprocess.Popen([*program, *args], env=self.env, stdout=log, stderr=log, start_new_session=True)
         self.procs[name] = p
-        wait_for(f"{name} ready:\n" + self.log(name), lambda: "ready" in self.log(name) or p.poll() is not None)
+        wait_for(f"{name} ready", lambda: "ready" in self.log(name)[said:] or p.poll() is not None)
         assert p.poll() is None, self.log(name)
         return p
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from myspinbot.artifacts import LocalStore, S3Store, media_type_of, open_store
-from myspinbot.core import ConfigError, InputError, NotFound, ServiceUnavailable, hash_bytes
+from myspinbot.core import ConfigError, InputError, NotFound, ServiceUnavailable, hash_bytes, process_tag
 from myspinbot.schema import Artifact
 
 PNG = b"\x89PNG\r\n\x1a\n" + os.urandom(200)
@@ -65,6 +65,16 @@ def test_bytes_come_back_under_their_hash(store, tmp_path):
     assert store.fetch(a, tmp_path / "out").read_bytes() == PNG
     with store.open(a) as f: assert f.read() == PNG
     assert not leftovers(tmp_path)
+
+
+def test_what_a_killed_writer_left_is_swept_and_a_living_ones_is_not(tmp_path):
+    store, part = LocalStore(tmp_path), 'from myspinbot.artifacts import LocalStore; import io, os, signal\n' \
+        'class Dying(io.BytesIO):\n    def read(self, n=-1): return super().read(3) or os.kill(os.getpid(), signal.SIGKILL)\n'
+    run = f"{part}LocalStore({str(tmp_path)!r}).put_stream(Dying(b'half a file'), None, 'x')"
+    assert subprocess.run([sys.executable, "-c", run]).returncode == -9
+    assert len(leftovers(tmp_path)) == 1
+    (mine := tmp_path / "tmp" / f"0{process_tag()}").touch()
+    assert (store.sweep(), leftovers(tmp_path)) == (1, [mine])
 
 
 def test_file_is_stored_once_whatever_its_name(store, tmp_path):

@@ -378,6 +378,23 @@ def test_4_a_stable_name_leaves_one_consumer_and_forgetting_leaves_none(real, ra
     assert real.forget_consumer(["cpu"], "host:0") and raw.xinfo_consumers(NORMAL, GROUP) == []
 
 
+def test_4_silent_consumers_and_the_hints_they_took_are_forgotten(real, raw, redis_url):
+    for name in ("gone", "busy"): real.publish("cpu", "normal", msg(name))
+    real.finish(*real.read(["cpu"], "gone"))
+    assert keys(real.read(["cpu"], "busy")) == ["busy"]
+    real.hint_jobs("job_1")
+    with Bridge(redis_url) as b: b._script(b._reader, bridge_module.READ, [JOBS], JOBS_GROUP, "dead:1", 10)
+    silent = lambda: all(o["idle"] > 100 for o in raw.xinfo_consumers(NORMAL, GROUP) + raw.xinfo_consumers(JOBS, JOBS_GROUP))
+    wait_for(silent)
+    real.publish("cpu", "normal", msg("now"))
+    real.finish(*real.read(["cpu"], "here"))
+    real.hint_jobs("job_2")
+    assert real.forget_silent(["cpu", "gpu"], 100) >= 2  # where reading nothing counts (Redis 7), also from the other streams
+    assert {o["name"] for o in raw.xinfo_consumers(NORMAL, GROUP)} == {b"busy", b"here"}
+    assert raw.xpending(JOBS, JOBS_GROUP)["pending"] == 0 and raw.xlen(JOBS) == 1
+    assert real.read_jobs("next:2", block_ms=0) == ["job_2"] and keys(real.own_pending(["cpu"], "busy")) == ["busy"]
+
+
 def test_5_work_published_before_the_first_worker_is_found(real):
     real.publish("cpu", "normal", msg("early"))
     assert keys(real.read(["cpu"], "w1", block_ms=0)) == ["early"]

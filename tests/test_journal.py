@@ -397,19 +397,26 @@ def test_follower_misses_no_event_of_concurrent_writers(journal, job):
         list(ex.map(lambda i: journal.queue_step(job.id, job.epoch, row(job, f"say[{i}]")), range(n)))
     stop.set()
     t.join(20)
-    assert [e.seq for e in seen] == sorted(e.seq for e in seen) and len(seen) == n + 2
+    assert seen == journal.events(job.id) and len(seen) == n + 2
 
 
-def test_uncommitted_earlier_event_is_waited_for(journal, job, postgres_url):
-    first = journal.events(job.id)[-1].seq
-    with psycopg.connect(postgres_url) as c:
-        c.execute("INSERT INTO event (job, kind, body) VALUES (%s, 'log', '{}')", [job.id])
-        journal.set_waiting(job.id, job.epoch, True)  # a later number, committed at once
-        timer = threading.Timer(0.05, c.commit)
-        timer.start()
-        kinds = [e.kind for e in journal.events(job.id, after=first)]
-        timer.join()
-    assert kinds == ["log", "job"]
+def test_events_of_one_job_are_numbered_in_the_order_of_their_commits(journal, job, postgres_url):
+    journal.queue_step(job.id, job.epoch, row(job))
+    attempt = journal.claim_step(job.id, "say", "w", 60).attempt
+    first, began = journal.events(job.id)[-1].seq, threading.Event()
+    with psycopg.connect(postgres_url) as c, ThreadPoolExecutor(1) as ex:
+        c.execute("UPDATE job SET status = 'waiting' WHERE id = %s", [job.id])  # has its number, is not committed
+        later = ex.submit(lambda: began.set() or journal.commit_step(job.id, "say", attempt, {}))
+        began.wait()
+        with psycopg.connect(postgres_url, autocommit=True) as look:
+            end = time.monotonic() + 20
+            while not look.execute("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted").fetchone():
+                assert time.monotonic() < end and not later.done()
+        assert journal.events(job.id, after=first) == []
+        c.commit()
+        assert later.result(20)
+    assert [(e.kind, e.body["status"]) for e in journal.events(job.id, after=first)] == [("job", "waiting"),
+                                                                                       ("step", "succeeded")]
 
 
 # --- many rows

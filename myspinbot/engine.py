@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .core import (
+from myspinbot.core import (
     Cancelled,
     InputError,
     KernelDied,

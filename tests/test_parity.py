@@ -57,7 +57,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
         if key in made and not again: return made[key]
         lines, folder = [], tmp_path_factory.mktemp(who)
         r = made[key] = Run(log=lines, out=folder / "out.ipynb")
-        kw = dict(progress_bar=False, execution_timeout=30) | {k: v(folder) if callable(v) and k != "timeout_func" else v for k, v in kw.items()}
+        kw = dict(progress_bar=False, execution_timeout=30) | kw
+        kw |= {k: kw[k](folder) for k in ("cwd", "output_path") if callable(kw.get(k))}
         out = kw.pop("output_path", str(r.out))
         logger, handler = logging.getLogger("papermill"), Lines()
         began = time.monotonic()
@@ -137,7 +138,8 @@ SAME = {
     "widgets_keep_their_state": {}, "warns_and_logs": {}, "prints_many_lines": {}, "has_no_parameters_cell": {},
     "raises_far_below": {}, "has_a_syntax_error": {}, "raises_where_it_may": {}, "interrupts_itself": {},
     "raises_an_error_of_ours": {}, "asks_a_person": {}, "leaves_with_a_code": {},
-    "parameters": dict(name="every_kind_of_cell", parameters=dict(n=-5, word="it's \"x\"\n{y} 🎬", items=[None, True, {"a": 1.5}])),
+    "parameters": dict(name="every_kind_of_cell", parameters=dict(n=-5,
+                                                                   word="it's \"x\"\n{y} 🎬", items=[None, True, {"a": 1.5}])),
     "unknown_parameter": dict(name="has_no_parameters_cell", parameters=dict(n=5)),
     "two_parameters_cells": dict(name="has_two_parameters_cells", parameters=dict(n=5)),
     "leaves_with_1": dict(name="leaves_with_a_code", parameters=dict(code=1)),

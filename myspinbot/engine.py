@@ -20,6 +20,7 @@ from myspinbot.core import (
     InputError,
     KernelDied,
     NotFound,
+    ResourceLimit,
     ServiceUnavailable,
     SpinError,
     StepFailed,
@@ -49,10 +50,12 @@ class Watch:
             self.error, self._stopped = error, now
             k, g = self.kernel, self.grace_s
             self._rungs = [(0.0, k.interrupt), (g, k.terminate), (g * 1.2, k.kill_group)]
+            if isinstance(error, ResourceLimit): self._rungs = [(0.0, k.kill_group)]  # it would take the machine along
         if self.error is not None and self._rungs and now - self._stopped >= self._rungs[0][0]: self._rungs.pop(0)[1]()
 
     def _reason(self, now: float) -> SpinError | None:
         if why := self.should_stop and self.should_stop(): return Cancelled(f"Stopped: {why}.", reason=why)
+        if over := self.kernel.over_limit(): return over
         if self.timeout_s and now - self.began > self.timeout_s:
             fix = "Raise `timeout_s` in its metadata."
             return StepTimeout(f"The notebook ran longer than {self.timeout_s:g} s.", fix, timeout_s=self.timeout_s)

@@ -21,7 +21,7 @@ def serve(
     "Main function of the launcher process."
     _preload()
     _send_at_once()
-    owner, kernels, buffer = socket.socket(fileno=fd), set(), b""
+    owner, kernels, buffer = socket.socket(fileno=fd), {}, b""  # of each kernel's guard, the kernel
     wake, woken = socket.socketpair()
     woken.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -38,13 +38,13 @@ def serve(
             *lines, buffer = (buffer + data).split(b"\n")
             for line in lines:
                 request = json.loads(line)
-                if not (pid := os.fork()): _become_kernel(request, [owner, wake, woken])
-                kernels.add(pid)
+                guard, pid = _fork_guarded(request, [owner, wake, woken])
+                kernels[guard] = pid
                 owner.sendall(json.dumps(dict(pid=pid)).encode() + b"\n")
     except OSError as e: print(f"launcher: {e}", file=sys.stderr)
     finally:
-        for pid in kernels: kill_group(pid)
-        for pid in kernels: os.waitpid(pid, 0)
+        for pid in kernels.values(): kill_group(pid)
+        for guard in kernels: os.waitpid(guard, 0)
         shutil.rmtree(folder, ignore_errors=True)
 
 def _preload() -> None:
@@ -69,15 +69,43 @@ def _send_at_once() -> None:
 def kill_group(pid: int, sig: int = signal.SIGKILL) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(pid, sig)
 
-def _reap(kernels: set[int]) -> list[tuple[int, int]]:
-    "Collect ended kernels; what they left in their groups is killed first, while the group's id is still theirs."
-    ended = []
-    for pid in list(kernels):
-        if not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT): continue
-        kill_group(pid)
-        ended.append((pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
-        kernels.discard(pid)
-    return ended
+def _reap(kernels: dict[int, int]) -> list[tuple[int, int]]:  # pids and exit codes, negative for a signal
+    "Collect ended kernels by their guards."
+    found = []
+    for guard, pid in list(kernels.items()):
+        ended, status = os.waitpid(guard, os.WNOHANG)
+        if not ended: continue
+        del kernels[guard]
+        code = os.waitstatus_to_exitcode(status)
+        if code < 0: kill_group(pid)  # somebody killed the guard
+        found.append((pid, code if code < 128 else 128 - code))
+    return found
+
+def _fork_guarded(request: dict[str, Any], sockets: list[socket.socket]) -> tuple[int, int]:  # pids of guard and kernel
+    "A guard stands between launcher and kernel, so that a notebook which kills its parent ends only itself."
+    ours, theirs = os.pipe()
+    if not (guard := os.fork()): _become_guard(request, sockets, theirs)
+    os.close(theirs)
+    with open(ours, "rb") as f: told = f.read()
+    if not told: raise OSError("no process for a kernel")
+    return guard, int(told)
+
+def _become_guard(request: dict[str, Any], sockets: list[socket.socket], told: int) -> None:
+    "In the forked child: waits for the kernel, ends what that left in its group, and hands its exit code on."
+    _die_with(os.getppid())
+    signal.set_wakeup_fd(-1)
+    try: kernel = os.fork()
+    except OSError: os._exit(1)
+    if not kernel:
+        os.close(told)
+        _become_kernel(request, sockets)
+    os.write(told, str(kernel).encode())
+    os.close(told)
+    for s in sockets: s.close()
+    os.waitid(os.P_PID, kernel, os.WEXITED | os.WNOWAIT)
+    kill_group(kernel)  # while the id is still its own
+    code = os.waitstatus_to_exitcode(os.waitpid(kernel, 0)[1])
+    os._exit(code if code >= 0 else 128 - code)
 
 # %% ../nbs/21_launch.ipynb #301b265e
 _baseline: dict[str, Any] = {}  # in a kernel: what it was like before its first run
@@ -99,6 +127,7 @@ def _become_kernel(request: dict[str, Any], sockets: list[socket.socket]) -> Non
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for s in sockets: s.close()
         _die_with(parent)
+        with contextlib.suppress(OSError): Path("/proc/self/oom_score_adj").write_text("500")  # before the worker
         out = _baseline["log"] = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for fd in (1, 2): os.dup2(out, fd)

@@ -52,9 +52,8 @@ class Worker:
         self.entries: list[Entry] = []        # one for each slot in use
 
     def tell(self, job: str, kind: str, key: str, **body: Any) -> None:
-        "A live event; decoration, so a Redis that is away is no error."
-        try: self.events.publish(Event(job=job, kind=kind, key=key, body=body, at=time.time()))
-        except ServiceUnavailable as e: log.debug("event not published", error=str(e))
+        "A live event; decoration, so nobody waits for Redis here, and one that is away is no error."
+        self.events.post(Event(job=job, kind=kind, key=key, body=body, at=time.time()))
 
     def forward(self, e: Event) -> None:
         "An event from a running step."
@@ -119,6 +118,7 @@ def settle(self: Worker, run: Running, r: StepResult) -> None:
         if run.stop == "draining" and self.insist(self.journal.release_step, row.job, row.key, row.attempt):
             self.republish(row)
         return self.insist(self.bridge.finish, entry, None)
+    self.events.flush(1.0)  # what the run said is there when its end is seen
     status = self.write(row, r)
     log.info("step ended", job=row.job, key=row.key, status=status, attempt=row.attempt,
         error=str(r.error) if r.error else None)

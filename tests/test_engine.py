@@ -255,7 +255,7 @@ def test_a_run_sends_one_request_a_cell_straight_to_the_main_thread(pool: Kernel
     assert [m["msg_type"] for m in seen] == ["execute_input", "stream", "status"]
 
 
-def test_interrupt_in_the_middle_of_output_leaves_no_half_message(run):
+def test_interrupt_of_a_cell_that_prints_without_pause_is_answered_by_the_cell(run):
     for _ in range(6):
         began = time.monotonic()
         r = run("prints_until_stopped", timeout_s=0.2, grace_s=30, max_mb=0.2)

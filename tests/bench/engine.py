@@ -5,7 +5,6 @@ listener running; it notes the time before `claim_step` and after `commit_step`.
 steps one after another, each sent when the one before is done. Last comes what a worker does when many steps wait.
 """
 import itertools
-import json
 import os
 import signal
 import statistics

@@ -29,6 +29,7 @@ from myspinbot.core import (
 )
 from myspinbot.engine import RunRecord, run_notebook, save_notebook
 from myspinbot.kernels import Kernel, KernelPool
+from myspinbot.launch import _undisturbed
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 IN_MEMORY = {"start_time", "end_time", "duration", "input_path", "output_path", "version"}
@@ -253,6 +254,17 @@ def test_a_run_sends_one_request_a_cell_straight_to_the_main_thread(pool: Kernel
     assert {"MainThread", "IOPub"} <= set(seen[1]["content"]["text"].strip().split("|"))
     assert "Shell channel" not in seen[1]["content"]["text"]
     assert [m["msg_type"] for m in seen] == ["execute_input", "stream", "status"]
+
+
+def test_interrupt_in_the_middle_of_a_send_waits_for_its_end():
+    sent = []
+    with pytest.raises(KeyboardInterrupt):
+        with _undisturbed():
+            sent.append("one half")
+            signal.raise_signal(signal.SIGINT)
+            sent.append("the other half")
+        sent.append("never")
+    assert sent == ["one half", "the other half"]
 
 
 def test_interrupt_of_a_cell_that_prints_without_pause_is_answered_by_the_cell(run):

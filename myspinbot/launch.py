@@ -149,6 +149,9 @@ def _kernel_app() -> type:
             super().init_control(context)
             self.shell_channel_thread.io_loop.close()
             self.shell_channel_thread = None
+        def init_kernel(self) -> None:
+            super().init_kernel()
+            self.log.setLevel("CRITICAL")  # as its handler is: else each message makes records for nobody
     return App
 
 def _begin_or_end(**due: Any) -> None:
@@ -241,7 +244,6 @@ def prepare() -> bool:
     from IPython import get_ipython
     if "log" in _baseline: faulthandler.enable(file=_baseline["log"])  # ipykernel's own goes down with its pipe
     ip = get_ipython()
-    ip.kernel.log.setLevel(logging.CRITICAL)  # as its handler is: else each message makes records for nobody
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     _baseline.update(cwd=os.getcwd(), env=dict(os.environ), path=list(sys.path), argv=list(sys.argv),
         stdout=sys.stdout, stderr=sys.stderr, hook=sys.displayhook, warnings=list(warnings.filters),

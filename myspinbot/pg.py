@@ -91,7 +91,7 @@ def run(self: Connections,
     fn: Callable[[Any], T],  # gets the connection; must be safe to repeat
 ) -> T:
     "Call `fn`; raises `ServiceUnavailable` when PostgreSQL does not answer."
-    from psycopg import InterfaceError, OperationalError
+    from psycopg import DataError, InterfaceError, OperationalError
     from psycopg.errors import ReadOnlySqlTransaction
     for left in (2, 1, 0):
         try:
@@ -100,4 +100,7 @@ def run(self: Connections,
             broken = e.sqlstate is None or e.sqlstate in BROKEN
             if broken: self.clear()
             if not left or not (broken or e.sqlstate in CLASH): raise self.unavailable(e) from e
+        except (DataError, UnicodeEncodeError) as e:
+            raise InputError(f"PostgreSQL cannot take a value: {str(e).splitlines()[0]}.",
+                             "Remove NUL and broken characters; give numbers of ordinary size.") from e
     raise AssertionError("not reached")

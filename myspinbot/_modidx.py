@@ -580,6 +580,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'myspinbot.engine._limit': ('engine.html#_limit', 'myspinbot/engine.py'),
                                   'myspinbot.engine._mark': ('engine.html#_mark', 'myspinbot/engine.py'),
                                   'myspinbot.engine._now': ('engine.html#_now', 'myspinbot/engine.py'),
+                                  'myspinbot.engine._overwritten': ('engine.html#_overwritten', 'myspinbot/engine.py'),
                                   'myspinbot.engine._parsed': ('engine.html#_parsed', 'myspinbot/engine.py'),
                                   'myspinbot.engine._pool_of': ('engine.html#_pool_of', 'myspinbot/engine.py'),
                                   'myspinbot.engine._raise_as_nbclient': ('engine.html#_raise_as_nbclient', 'myspinbot/engine.py'),

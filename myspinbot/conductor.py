@@ -127,7 +127,7 @@ class Conductor:
         self.full, self.wake = False, asyncio.Event()  # were there more jobs than fitted? look for jobs now
         self.specs: dict[str, StepSpec] = {}
         self.functions: dict[str, Callable] = {}
-        self.looked = -1.0
+        self.looked = self.away = float("-inf")  # when the catalogue was read; when the journal last did not answer
         self.find, self.write = Batch(self.find_many), Batch(journal.record_steps)
         self.dispatch, self.finish = Batch(self.dispatch_many), Batch(journal.finish_jobs)
 
@@ -136,7 +136,8 @@ class Conductor:
         while True:
             try: return await asyncio.to_thread(fn, *args, **kw)
             except ServiceUnavailable as e:
-                log.warning("journal does not answer, waiting", error=str(e))
+                if time.monotonic() > self.away + 1.0: log.warning("no answer, waiting", error=str(e))
+                self.away = time.monotonic()
                 await asyncio.sleep(1.0)
 
     def tell(self, job: str, kind: str, key: str = "", **body: Any) -> None:
@@ -286,9 +287,25 @@ async def approval(self: Conductor, job: Job, row: StepRow, prompt: str, show: A
 
 # %% ../nbs/26_conductor.ipynb #37e5262f
 @patch
+def steady(self: Conductor) -> bool:
+    "Has the journal answered for a whole lease? Else a lease that ran out does not tell that its holder is gone."
+    return time.monotonic() > self.away + self.cfg.lease_s
+
+@patch
+def expired(self: Conductor) -> bool:
+    "Is there a step whose worker is gone?"
+    asked = time.monotonic()
+    try: gone = self.journal.expired_steps(limit=1)
+    except ServiceUnavailable:
+        self.away = time.monotonic()
+        raise
+    if time.monotonic() > asked + self.cfg.lease_s / 3: self.away = time.monotonic()
+    return bool(gone) and self.steady()
+
+@patch
 def reconcile(self: Conductor) -> int:  # rows published again
     "One look over the journal; any number of conductors may do it at once."
-    for row in self.journal.requeue_expired(limit=500):
+    for row in self.journal.requeue_expired(limit=500) if self.expired() else ():
         log.warning("worker lost, step queued again", job=row.job, key=row.key, attempt=row.attempt, lost=row.lost)
         self.tell(row.job, "step", row.key, status="queued", note="worker lost")
     for row in self.journal.poisoned():
@@ -309,10 +326,15 @@ def reconcile(self: Conductor) -> int:  # rows published again
 
 # %% ../nbs/26_conductor.ipynb #da055877
 @patch
+def lease(self: Conductor, count: int) -> list[Job]:
+    "Take free jobs; those of another conductor, or our own, only when it was not the journal that kept them from renewing."
+    return self.journal.lease_jobs(self.name, self.cfg.lease_s, count, takeover=self.steady())
+
+@patch
 async def take_jobs(self: Conductor) -> None:
     "Lease what is free and run it."
     free = self.max_jobs - len(self.jobs)
-    jobs = await self.db(self.journal.lease_jobs, self.name, self.cfg.lease_s, free) if free > 0 else []
+    jobs = await self.db(self.lease, free) if free > 0 else []
     self.full = len(jobs) >= free
     if jobs: await self.look()
     for job in jobs:
@@ -334,8 +356,8 @@ def renew(self: Conductor, stop: threading.Event, loop: asyncio.AbstractEventLoo
     while not stop.wait(self.cfg.lease_s / 3):
         held = {id: job.epoch for id, (job, _) in list(self.jobs.items())}
         try: states = self.journal.renew_jobs(self.name, held, self.cfg.lease_s) if held else {}
-        except ServiceUnavailable as e:
-            log.warning("leases not renewed", error=str(e))
+        except Exception as e:
+            log.warning("leases not renewed", error=str(e), exc_info=None if isinstance(e, ServiceUnavailable) else e)
             continue
         for id, state in states.items():
             if state != "ok" and (mine := self.jobs.get(id)) and mine[0].epoch == held[id]:
@@ -357,16 +379,28 @@ def read_hints(self: Conductor, stop: threading.Event, loop: asyncio.AbstractEve
     while not stop.is_set():
         try:
             if self.bridge.read_jobs(self.name, 500): loop.call_soon_threadsafe(self.wake.set)
-        except ServiceUnavailable as e:
-            log.warning("Redis does not answer", error=str(e))
-            stop.wait(self.cfg.scan_s)
+        except Exception as e:
+            log.warning("no hints of jobs", error=str(e), exc_info=None if isinstance(e, ServiceUnavailable) else e)
+            stop.wait(max(1.0, self.cfg.scan_s))
+
+@patch
+def read_ends(self: Conductor, stop: threading.Event, loop: asyncio.AbstractEventLoop) -> None:
+    "Pass on that steps have ended, until told to stop."
+    while not stop.is_set():
+        try:
+            for hint in self.bridge.follow_done(stop):
+                loop.call_soon_threadsafe(self.waiter.hint, hint["job"], hint["key"])
+        except Exception as e:
+            log.error("listening for ended steps failed; trying again", exc_info=e)
+            stop.wait(1.0)
 
 @patch
 async def reconcile_loop(self: Conductor) -> None:
     "Reconcile at each scan."
     while True:
         try: await asyncio.to_thread(self.reconcile)
-        except ServiceUnavailable as e: log.warning("cannot reconcile now", error=str(e))
+        except Exception as e:
+            log.warning("cannot reconcile now", error=str(e), exc_info=None if isinstance(e, ServiceUnavailable) else e)
         await asyncio.sleep(self.cfg.scan_s)
 
 # %% ../nbs/26_conductor.ipynb #26699345
@@ -380,11 +414,9 @@ def load(self: Conductor) -> None:
 async def main(self: Conductor, stop: threading.Event) -> None:
     "Run until `stop` is set."
     self.waiter, loop = Waiter(self.journal), asyncio.get_running_loop()
-    def listen() -> None:
-        for hint in self.bridge.follow_done(stop): loop.call_soon_threadsafe(self.waiter.hint, hint["job"], hint["key"])
     await asyncio.to_thread(self.load)
     ended = threading.Event()
-    side = [threading.Thread(target=listen, name="done-hints", daemon=True),
+    side = [threading.Thread(target=self.read_ends, args=(stop, loop), name="done-hints", daemon=True),
             threading.Thread(target=self.read_hints, args=(stop, loop), name="job-hints", daemon=True),
             threading.Thread(target=self.renew, args=(ended, loop), name="leases", daemon=True)]
     for t in side: t.start()

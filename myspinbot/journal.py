@@ -22,7 +22,7 @@ class Journal(Attempts):
     "Jobs and their steps in PostgreSQL; sync, and safe to share between threads."
     def migrate(self) -> list[int]:
         "Create or update the tables; any number of processes may call it at once."
-        return self.connections.run(migrate)
+        return self.connections.run(migrate, reply_s=120.0)  # it may build an index, or wait for another's
 
 @patch
 def submit(self: Journal,
@@ -116,10 +116,11 @@ def lease_jobs(self: Journal,
     lease_s: float,
     limit: int,
     job_id: str | None = None,   # only this one
+    takeover: bool = True,       # also those whose lease has run out
 ) -> list[Job]:
     "Take jobs that no live conductor has: high priority first, then the oldest."
     rows = self.rows(f"""WITH free AS MATERIALIZED (SELECT id FROM job
-          WHERE {FREE} {'AND id = %(id)s' if job_id else ''}
+          WHERE {FREE} {'AND id = %(id)s' if job_id else ''} {'' if takeover else 'AND lease_until IS NULL'}
           ORDER BY priority, created_at, id LIMIT %(limit)s FOR UPDATE SKIP LOCKED),
         u AS (UPDATE job SET owner = %(owner)s, epoch = epoch + 1, lease_until = {LEASE},
           status = CASE status WHEN 'queued' THEN 'running' ELSE status END,

@@ -84,10 +84,12 @@ class Connections:
         from psycopg.rows import dict_row
         where = self.where()  # also checks the URL
         try:
-            return limited_connection().connect(self.url, autocommit=True, row_factory=dict_row, prepare_threshold=2,
+            conn = limited_connection().connect(self.url, autocommit=True, row_factory=dict_row, prepare_threshold=2,
                                                 connect_timeout=5, application_name="myspinbot",
                                                 keepalives_idle=5, keepalives_interval=3,
                                                 keepalives_count=3, tcp_user_timeout=15000)
+            conn.execute("SET idle_in_transaction_session_timeout = '10s'")  # one of us who is cut off holds no lock
+            return conn
         except psycopg.OperationalError as e: raise self.unavailable(e) from e
         except psycopg.ProgrammingError as e: raise InputError(f"Cannot connect to {where}: {e}.") from e
 

@@ -81,7 +81,7 @@ class Proxy:
             server_reader, server_writer = await opened
             pair.writers.append(server_writer)
             await asyncio.gather(self.pump(pair, "up", reader, server_writer), self.pump(pair, "down", server_reader, writer))
-        except OSError: pass
+        except (OSError, asyncio.CancelledError): pass
         finally:
             pair.close()
             self.pairs.discard(pair)

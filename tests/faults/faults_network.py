@@ -1,5 +1,7 @@
 """A network between one of us and one server that drops, resets, swallows, delays and slices."""
+import itertools
 import random
+import threading
 import time
 from collections.abc import Callable
 
@@ -10,6 +12,7 @@ from world import World, wait_for
 
 from myspinbot.artifacts import open_store
 from myspinbot.client import Client
+from myspinbot.core import ServiceUnavailable
 
 BROKEN = [m for m in MODES if m != "pass"]
 SERVERS = ("Redis", "PostgreSQL", "S3")
@@ -78,7 +81,8 @@ def behind(who: str, server: str, short: bool = False) -> None:
             w.start("w1", **net.env)
         client = net.client() if who == "client" else None
         with Load(w, once=(who, server) != ("worker", "PostgreSQL")):
-            if client: submits_through(w, client, lambda: net.trouble(rng))
+            if client and server == "S3": stores_through(w, client, lambda: net.trouble(rng))
+            elif client: submits_through(w, client, lambda: net.trouble(rng))
             else: net.trouble(rng)
         if who == "worker": comes_back(w, "w1")
 
@@ -91,6 +95,29 @@ def submits_through(w: World, client: Client, trouble: Callable[[], None]) -> No
     s.end()
     keys = w.client.journal.rows("SELECT idempotency_key AS key, count(*) AS n FROM job GROUP BY 1 HAVING count(*) > 1")
     for r in keys: w.violate(f"{r['n']} jobs for the key {r['key']}")
+
+
+def stores_through(w: World, client: Client, trouble: Callable[[], None]) -> None:
+    "Store and read files through a broken network: each call ends, by the right bytes or by a clear error."
+    ends, done = threading.Event(), []
+    def go() -> None:
+        for k in itertools.count():
+            if ends.is_set(): return
+            data = f"{k} ".encode() * 20_000
+            try:
+                with client.store.open(client.store.put_bytes(data, name=f"{k}.txt")) as f: done.append(f.read() == data)
+            except ServiceUnavailable: pass
+            except Exception as e: w.violate(f"storing a file raised {e!r}")
+            time.sleep(0.05)
+    t = threading.Thread(target=go, daemon=True)
+    t.start()
+    trouble()
+    before = len(done)
+    wait_for("files are stored again", lambda: len(done) > before + 1, 90)
+    ends.set()
+    t.join(60)
+    if t.is_alive(): w.violate("storing a file has had no end for 60 s")
+    if not all(done): w.violate("a file came back with other bytes")
 
 
 def comes_back(w: World, name: str) -> None:
@@ -106,7 +133,7 @@ def comes_back(w: World, name: str) -> None:
 
 for _who in ("worker", "client", "conductor"):
     for _server in SERVERS:
-        if (_who, _server) != ("conductor", "S3"): behind(_who, _server, short=(_who, _server) == ("client", "PostgreSQL"))
+        behind(_who, _server, short=(_who, _server) == ("client", "PostgreSQL"))
 
 
 @fault("network: a black-holed worker is fenced", short=True)

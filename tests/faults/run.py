@@ -13,8 +13,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ def fault(name: str, short: bool = False, **options: Any) -> Callable:
 
 def load() -> dict[str, Fault]:
     "All faults: those of each `faults_*.py` here."
-    sys.modules.setdefault("run", sys.modules[__name__])  # the scenarios register with this module, also when it is `__main__`
+    sys.modules["run"] = sys.modules[__name__]  # the scenarios register with this module, also when it is `__main__`
     for p in sorted(HERE.glob("faults_*.py")): import_module(p.stem)
     return FAULTS
 
@@ -66,6 +68,9 @@ def run_one(f: Fault, seed: int) -> Report:
     return report
 
 
+def run_named(name: str, seed: int) -> Report: return run_one(load()[name], seed)
+
+
 def show(reports: list[Report]) -> None:
     "The table: fault, runs, kills, lost, duplicate effects, recovery."
     from rich.console import Console
@@ -80,7 +85,7 @@ def show(reports: list[Report]) -> None:
         t.add_row(name, str(len(mine)), str(sum(r.kills for r in mine)), str(sum(r.lost for r in mine)),
                   str(sum(r.duplicates for r in mine)), f"{statistics.median(took):.1f} s" if took else "",
                   f"{max(took):.1f} s" if took else "", str(sum(bool(r.violations) for r in mine) or ""))
-    Console(width=None if sys.stdout.isatty() else 150).print(t)
+    Console(width=None if sys.stdout.isatty() else 160).print(t)
 
 
 def main() -> int:
@@ -89,19 +94,20 @@ def main() -> int:
     ap.add_argument("--only", default="", help="faults whose name holds this text")
     ap.add_argument("--short", action="store_true")
     ap.add_argument("--json", type=Path, help="also write the reports there")
+    ap.add_argument("--at-once", type=int, default=2, help="worlds at once; most of a scenario is waiting")
     a = ap.parse_args()
     chosen = [f for f in load().values() if a.only in f.name and (f.short or not a.short)]
     if not chosen:
         print(f"No fault is named like {a.only!r}. There are: {', '.join(FAULTS)}.")
         return 2
+    runs = [(f.name, seed) for f in chosen for seed in map(int, a.seeds.split(","))]
     reports = []
-    for f in chosen:
-        for seed in map(int, a.seeds.split(",")):
-            r = run_one(f, seed)
+    with ProcessPoolExecutor(a.at_once, mp_context=get_context("spawn")) as pool:
+        for r in pool.map(run_named, *zip(*runs, strict=True)):
             reports.append(r)
-            print(f"{'FAILED' if r.violations else 'ok':6} {f.name}, seed {seed}, {r.seconds:.0f} s", flush=True)
+            print(f"{'FAILED' if r.violations else 'ok':6} {r.fault}, seed {r.seed}, {r.seconds:.0f} s", flush=True)
             for v in r.violations: print(f"       {v}")
-            if r.violations: print(f'       replay: python tests/faults/run.py --only "{f.name}" --seeds {seed}', flush=True)
+            if r.violations: print(f'       replay: python tests/faults/run.py --only "{r.fault}" --seeds {r.seed}', flush=True)
     show(reports)
     if a.json: a.json.write_text(json.dumps([asdict(r) for r in reports], indent=1))
     return int(any(r.violations for r in reports))

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from farm import Farm, wait_for
 
 from myspinbot.core import SpinError
-from myspinbot.embedded import Embedded, own_by, server_user
+from myspinbot.embedded import Embedded, end_process, let_through, own_by, server_user
 from myspinbot.graph import Pipeline
 from myspinbot.keys import DEAD, GROUP, JOBS, JOBS_GROUP, work_stream
 from myspinbot.schema import JOB_END, Artifact, Graph
@@ -131,6 +131,37 @@ class World:
         for n in names:
             code = self.procs.pop(n).wait(timeout_s)
             assert code == 0, f"{n} ended with {code}:\n{self.farm.log(n)[-2000:]}"
+
+    def clock(self, name: str) -> Callable[[float], None]:
+        """Start `the worker` (w1), `the conductor` (control), `Redis` or `PostgreSQL` anew on a wall clock that can be set.
+
+        Gives a function that makes the clock jump by so many seconds. The monotonic clock stays true, as on a real machine.
+        """
+        stamp = self.home / "clock"
+        def jump(seconds: float) -> None:
+            (new := stamp.with_suffix(".new")).write_text(f"{seconds:+.0f}")
+            new.chmod(0o644)
+            new.replace(stamp)
+        jump(0)
+        if name in ("the worker", "the conductor"):
+            program = [sys.executable, str(HERE / "skewed.py"), str(stamp)]
+            self.farm.start("w1" if name == "the worker" else "control", program)
+            return jump
+        import libfaketime
+        lib = Path(libfaketime.__file__).parent / "vendor/libfaketime/src/libfaketime.so.1"
+        for p in (stamp, lib): let_through(p)  # PostgreSQL runs as another user
+        fake = dict(LD_PRELOAD=str(lib), FAKETIME_TIMESTAMP_FILE=str(stamp), FAKETIME_NO_CACHE="1", DONT_FAKE_MONOTONIC="1")
+        server = self.servers.redis_process() if name == "Redis" else self.servers.postgres_process()
+        end_process(server, ((signal.SIGINT, 10.0), (signal.SIGKILL, 5.0)))
+        os.environ.update(fake)
+        try: self.servers.start()
+        finally:
+            for k in fake: del os.environ[k]
+        return jump
+
+    def server_time(self, name: str) -> float:
+        "What a server thinks the time is."
+        return float(self.redis.time()[0]) if name == "Redis" else self.client.journal.now()
 
     # jobs --------------------------------------------------------------------------------------------------------
     def chain(self, n: int = 3, seconds: float = 0.0, gate: str = "") -> Graph:

@@ -6,7 +6,7 @@
 __all__ = ['STATUS', 'jobs', 'files', 'about', 'error_response', 'Submit', 'Answer', 'Rerun', 'refuse_paths', 'client_of',
            'job_json', 'step_json', 'check_artifacts', 'submit', 'list_jobs', 'get_job', 'get_steps', 'get_events',
            'cancel', 'retry', 'rerun', 'approve', 'stream', 'size_of', 'blob', 'upload', 'download', 'get_pipelines',
-           'get_steps_catalogue', 'health', 'families', 'Gauges', 'metrics', 'create_app']
+           'get_steps_catalogue', 'health', 'families', 'Gauges', 'metrics', 'BodyLimit', 'create_app']
 
 # %% ../nbs/45_api.ipynb #8929951d
 import asyncio, json, re, tempfile, threading
@@ -14,17 +14,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Query, Request, Response, WebSocket, WebSocketDisconnect
+from fastapi import APIRouter, FastAPI, HTTPException, Query, Request, Response, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation
+from starlette.exceptions import HTTPException as AnyHTTPException
 
 from . import __version__
 from .artifacts import LocalStore, check_sha, media_type_of, safe_name
-from .check import file_values, resolve_params
+from .check import explain, file_values, resolve_params
 from .client import Client
 from .core import InputError, NotFound, SpinError
-from .schema import Artifact, Graph, Job, Priority, StepRow, dump_value, parse_value
+from .schema import MAX_BYTES, Artifact, Graph, Job, JobStatus, Priority, StepRow, check_json, dump_value, revive, show_value
 
 # %% ../nbs/45_api.ipynb #6a5768a1
 STATUS: dict[str, int] = dict(InputError=422, GraphError=422, NotFound=404, Conflict=409, Cancelled=409, FenceLost=409,
@@ -32,9 +33,10 @@ STATUS: dict[str, int] = dict(InputError=422, GraphError=422, NotFound=404, Conf
 
 def error_response(
     e: SpinError,
+    code: int = 0,  # 0: the one that fits
 ) -> JSONResponse:
     "An error as JSON with a fitting status code; what is nobody's fault out there is 500."
-    code = STATUS.get(type(e).__name__, 500)
+    code = code or STATUS.get(type(e).__name__, 500)
     return JSONResponse(e.to_dict(), code, headers={"Retry-After": "2"} if code == 503 else None)
 
 # %% ../nbs/45_api.ipynb #9a226ce9
@@ -42,7 +44,7 @@ class Submit(BaseModel):
     "What to run."
     model_config = ConfigDict(extra="forbid")
     pipeline: str | None = Field(None, description="name of a pipeline, see /pipelines")
-    graph: Graph | None = Field(None, description="a graph as data, instead of a name")
+    graph: SkipValidation[Graph | None] = Field(None, description="a graph as data, instead of a name")  # by `read_graph`
     params: dict[str, Any] = Field({}, description="parameter values; a file as the artifact that POST /artifacts gave")
     priority: Priority = "normal"
     idempotency_key: str | None = Field(None, min_length=1, max_length=200, description="again: gives the first job")
@@ -72,7 +74,7 @@ def refuse_paths(
     if found:
         place, path = found[0]
         where = ".".join(map(str, place[1:]))
-        raise InputError(f"{where} is a path; over HTTP files are not read by path: {path!r:.200}.",
+        raise InputError(f"{where} is a path; over HTTP files are not read by path: {show_value(path)}.",
                          "POST the file to /artifacts and pass the answer.", path=path)
 
 # %% ../nbs/45_api.ipynb #17737906
@@ -106,9 +108,12 @@ def check_artifacts(client: Client, value: Any) -> None:
 def submit(request: Request, what: Submit) -> dict[str, Any]:
     "Accept a job."
     client = client_of(request)
-    if (what.pipeline is None) == (what.graph is None): raise InputError("Give either pipeline or graph.")
-    graph = client.graph(what.pipeline or what.graph)
-    params = parse_value(what.params)
+    if (what.pipeline is None) == (what.graph is None):
+        raise InputError(f"The request has {'neither pipeline nor' if what.graph is None else 'both pipeline and'} graph.",
+                         "Give one: the name of a pipeline, or a graph as data.")
+    graph = client.graph(what.graph if what.pipeline is None else what.pipeline)
+    check_json(what.params, f"{graph.name}: ")
+    params = revive(what.params)
     refuse_paths(graph, params, own=what.graph is not None, steps=client.catalogue)
     check_artifacts(client, params)
     job = client.submit(graph, params, priority=what.priority, idempotency_key=what.idempotency_key, parent=what.parent)
@@ -116,7 +121,7 @@ def submit(request: Request, what: Submit) -> dict[str, Any]:
 
 @jobs.get("/jobs")
 def list_jobs(request: Request,
-    status: str | None = None, pipeline: str | None = None, parent: str | None = None,
+    status: JobStatus | None = None, pipeline: str | None = None, parent: str | None = None,
     limit: int = Query(50, ge=1, le=500),
     before: str | None = Query(None, description="id of the last job of the page before"),
 ) -> list[dict[str, Any]]:
@@ -235,11 +240,8 @@ about = APIRouter(tags=["about"])
 @about.get("/pipelines")
 def get_pipelines(request: Request) -> dict[str, Any]:
     "Every pipeline as a graph; one whose notebook is broken shows its error."
-    found: dict[str, Any] = {}
-    for name in (client := client_of(request)).catalogue.pipelines():
-        try: found[name] = client.graph(name).to_json()
-        except SpinError as e: found[name] = dict(name=name, error=e.to_dict())
-    return found
+    graphs, errors = client_of(request).catalogue.graphs()
+    return {n: g.to_json() for n, g in graphs.items()} | {n: dict(name=n, error=e.to_dict()) for n, e in errors.items()}
 
 @about.get("/steps")
 def get_steps_catalogue(request: Request) -> list[dict[str, Any]]:
@@ -289,6 +291,32 @@ def metrics(request: Request) -> Response:
     return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
 
 # %% ../nbs/45_api.ipynb #a2d30357
+class BodyLimit:
+    "ASGI middleware: a request that is too large is refused before it is kept or parsed; files may have any size."
+    def __init__(self, app: Any, limit: int = MAX_BYTES): self.app, self.limit = app, limit
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["path"].startswith("/artifacts"): return await self.app(scope, receive, send)
+        said, seen = dict(scope["headers"]).get(b"content-length", b"0"), 0
+        if said.isdigit() and int(said) > self.limit:
+            while seen < 8 * self.limit:  # read off, so that the caller is listening when the answer comes
+                m = await receive()
+                seen += len(m.get("body", b""))
+                if not m.get("more_body"): break
+            return await error_response(self.refusal(int(said)), 413)(scope, receive, send)
+        async def counted() -> Any:
+            nonlocal seen
+            m = await receive()
+            seen += len(m.get("body", b""))
+            if seen > self.limit: raise HTTPException(413, seen)
+            return m
+        await self.app(scope, counted, send)
+
+    def refusal(self, size: int) -> InputError:
+        return InputError(f"The body has {size / 2**20:.1f} MB or more; the limit is {self.limit / 2**20:g} MB.",
+                          "POST large data to /artifacts and pass the answer.")
+
+# %% ../nbs/45_api.ipynb #dc8a40ef
 def create_app(
     client: Client,
 ) -> FastAPI:
@@ -298,12 +326,33 @@ def create_app(
     app.state.client, app.state.registry = client, CollectorRegistry()
     app.state.registry.register(Gauges(client))
     for router in (jobs, files, about): app.include_router(router)
+    app.add_middleware(BodyLimit)
 
     @app.exception_handler(SpinError)
     async def _spin(_: Request, e: SpinError) -> JSONResponse: return error_response(e)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, e: RequestValidationError) -> JSONResponse:
-        told = "; ".join(f"{'.'.join(map(str, o['loc'][1:]))}: {o['msg']}" for o in e.errors()[:5])
-        return error_response(InputError(f"Bad request: {told}.", "See /docs."))
+        first = e.errors()[0]
+        if first["type"] == "json_invalid":
+            return error_response(InputError(f"The body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}.",
+                                             "Send an object, with Content-Type: application/json."))
+        if first["loc"] == ("body",) and first["type"] == "missing":
+            return error_response(InputError("The request has no body.", "Send a JSON object."))
+        if first["loc"] == ("body",) and isinstance(first["input"], bytes):
+            return error_response(InputError("The body is not marked as JSON.", "Send it with Content-Type: application/json."))
+        told, hint = explain(e.errors(), "", {*Submit.model_fields, *Answer.model_fields, *Rerun.model_fields})
+        return error_response(InputError(told, f"{hint} See /docs."))
+
+    @app.exception_handler(AnyHTTPException)
+    async def _http(r: Request, e: AnyHTTPException) -> JSONResponse:
+        if e.status_code == 413: return error_response(BodyLimit(app).refusal(e.detail), 413)
+        if e.status_code == 404: return error_response(NotFound(f"There is nothing at {show_value(r.url.path)}.", "See /docs."))
+        what = {400: "The body cannot be read as JSON: not UTF-8, nested too deep, or a number out of range",
+                405: f"{r.method} is not possible at {show_value(r.url.path)}"}
+        return error_response(InputError(f"{what.get(e.status_code, e.detail)}.", "See /docs."), e.status_code)
+
+    @app.exception_handler(Exception)
+    async def _bug(_: Request, e: Exception) -> JSONResponse:
+        return error_response(SpinError(f"{type(e).__name__} in the server.", "Its log has the traceback: please report it."))
     return app

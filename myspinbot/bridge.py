@@ -8,7 +8,9 @@ __all__ = ['VERSION', 'COMMAND_S', 'BLOCK_MS', 'HINT_ALL', 'Entry', 'hide_passwo
 
 # %% ../nbs/11_bridge.ipynb #a059a2a8
 import json, secrets, threading, time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import count as counter
@@ -49,7 +51,7 @@ def _entry(stream: str, id: str, raw: dict[bytes, bytes], consumer: str) -> Entr
     except KeyError: error = f"no field {BODY.decode()!r}; the fields are {[k.decode('utf-8', 'replace') for k in raw]}"
     except ValidationError as e: error = f"not a StepMessage: {e.errors()[0]['msg']} at {e.errors()[0]['loc']}"
     try: version = json.loads(raw.get(BODY, b"null"))["schema_version"] if error else message.schema_version
-    except (ValueError, TypeError, LookupError): version = 0
+    except (ValueError, TypeError, LookupError, RecursionError): version = 0
     if isinstance(version, int) and version > VERSION:
         message, error = None, f"schema_version {version} is newer than {VERSION}, the newest this worker knows"
     return Entry(id, stream, consumer, message, raw, error)
@@ -113,6 +115,8 @@ class Bridge:
         self._grouped: set[str] = set()
         self._turn = counter()
         self._shas: dict[str, str] = {}
+        self._ends: deque[tuple[str, str, str, Future[bool]]] = deque()  # stream, id, hint
+        self._ending = threading.Lock()
 
     def _errors(self, operation: str) -> AbstractContextManager[None]: return redis_errors(self.url, operation)
 
@@ -290,18 +294,30 @@ def finish_many(self: Bridge,
     items: Sequence[tuple[Entry, dict[str, Any] | None]],  # entry, hint for the conductor
 ) -> int:  # how many of them were pending until now
     "Acknowledge, delete and publish the hints, as one command."
-    if not items: return 0
-    args = [o for e, hint in items for o in (e.id, json.dumps(hint) if hint else "")]
-    with self._errors("finish"):
-        return self._script(self._redis, FINISH, [e.stream for e, _ in items], GROUP, DONE, *args)
+    return sum(_finish(self, [(e.stream, e.id, json.dumps(hint) if hint else "") for e, hint in items]))
+
+def _finish(bridge: Bridge, items: Sequence[tuple[str, str, str]]) -> list[int]:
+    "Stream, id and hint of each; 1 for each that was pending until now."
+    if not items: return []
+    args = [o for _, id, hint in items for o in (id, hint)]
+    with bridge._errors("finish"):
+        return bridge._script(bridge._redis, FINISH, [o[0] for o in items], GROUP, DONE, *args)
 
 @patch
 def finish(self: Bridge,
     entry: Entry,                             # whose result stands in the journal
     hint: dict[str, Any] | None = None,       # {"job", "key"} for `follow_done`
 ) -> bool:  # False: it was finished before
-    "Remove an entry for good and publish the hint."
-    return self.finish_many([(entry, hint)]) == 1
+    "Remove an entry for good and publish the hint; threads that do so at once share a round trip."
+    mine: Future[bool] = Future()
+    self._ends.append((entry.stream, entry.id, json.dumps(hint) if hint else "", mine))
+    with self._ending:
+        batch = [] if mine.done() else [self._ends.popleft() for _ in range(len(self._ends))]
+        try:
+            for (*_, end), done in zip(batch, _finish(self, [o[:3] for o in batch]), strict=True): end.set_result(done == 1)
+        except BaseException as e:  # a thread whose entry was in this batch would wait for ever
+            for *_, end in batch: end.set_exception(e)
+    return mine.result()
 
 @patch
 def hand_back(self: Bridge, entry: Entry) -> str | None:
@@ -330,8 +346,8 @@ def dead_letters(self: Bridge, limit: int = 100) -> list[dict[str, Any]]:
 
 def _dead(id: str, f: dict[bytes, bytes]) -> dict[str, Any]:
     raw = {k.removeprefix(b"raw:"): v for k, v in f.items() if k.startswith(b"raw:")}
-    head = {k: f[k.encode()].decode() for k in ("stream", "consumer", "reason")}
-    return dict(id=id, entry=f[b"id"].decode(), **head, raw=raw)
+    text = lambda k: f.get(k.encode(), b"").decode("utf-8", "replace")
+    return dict(id=id, entry=text("id"), stream=text("stream"), consumer=text("consumer"), reason=text("reason"), raw=raw)
 
 # %% ../nbs/11_bridge.ipynb #9e46aa15
 @patch
@@ -359,7 +375,7 @@ def read_jobs(self: Bridge,
             pipe.xack(JOBS, JOBS_GROUP, *[o[1] for o in rows])
             pipe.xdel(JOBS, *[o[1] for o in rows])
             pipe.execute()
-    return list(dict.fromkeys(o[2][1].decode() for o in rows))
+    return list(dict.fromkeys(o[2][1].decode("utf-8", "replace") for o in rows if o[2][0] == b"job"))
 
 @patch
 def publish_done(self: Bridge, job: str, key: str) -> None:
@@ -394,12 +410,19 @@ def _follow(self: Bridge, channel: str, stop: threading.Event) -> Iterator[bytes
 @patch
 def follow_done(self: Bridge, stop: threading.Event) -> Iterator[dict[str, Any]]:
     "Hints of `finish` and `publish_done`; `HINT_ALL` whenever some may have been missed."
-    for data in self._follow(DONE, stop): yield json.loads(data) if data else dict(HINT_ALL)
+    for data in self._follow(DONE, stop): yield _hint(data)
+
+def _hint(data: bytes) -> dict[str, Any]:
+    "A hint from the channel; what is none may have been one, so everything is looked at."
+    try: hint = json.loads(data) if data else HINT_ALL
+    except (ValueError, RecursionError): hint = HINT_ALL
+    known = isinstance(hint, dict) and all(isinstance(hint.get(k), str) for k in HINT_ALL)
+    return dict(hint if known else HINT_ALL)
 
 @patch
 def follow_cancel(self: Bridge, stop: threading.Event) -> Iterator[str]:
     "Ids of cancelled jobs; an empty one whenever some may have been missed."
-    for data in self._follow(CANCEL, stop): yield data.decode()
+    for data in self._follow(CANCEL, stop): yield data.decode("utf-8", "replace")
 
 # %% ../nbs/11_bridge.ipynb #3abfd444
 @patch
@@ -576,7 +599,8 @@ class MemoryBridge(_MemoryWork):
                 if hint: self._tell(DONE, json.dumps(hint).encode())
         return done
 
-    finish = Bridge.finish
+    def finish(self, entry: Entry, hint: dict[str, Any] | None = None) -> bool:
+        return self.finish_many([(entry, hint)]) == 1
 
     def hand_back(self, entry: Entry) -> str | None:
         with self._lock:

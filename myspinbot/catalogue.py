@@ -20,7 +20,7 @@ from typing import Any
 from fastcore.basics import patch
 
 from .core import ConfigError, GateFailed, GraphError, NotFound, Settings, SpinError, hash_bytes, settings
-from .schema import Port, StepSpec, port_type
+from .schema import Graph, Port, StepSpec, port_type, show_value
 from .spec import NotebookError, cells_of, comments_in, did_you_mean, load_step, make_spec, modules_hash
 from .spec import package_dir, read_notebook, source_hash, without_comments
 
@@ -122,8 +122,11 @@ def _load_control_modules() -> dict[str, SpinError]:
 def _stamp(folder: Path, suffix: str) -> tuple[tuple[str, int, int], ...]:
     "Name, time and size of the files in a folder."
     try: found = [e for e in os.scandir(folder) if e.name.endswith(suffix)]
-    except FileNotFoundError: return ()
-    return tuple(sorted((e.name, st.st_mtime_ns, st.st_size) for e in found for st in [e.stat()]))
+    except (FileNotFoundError, NotADirectoryError): return ()
+    def seen(e: os.DirEntry) -> tuple[str, int, int]:
+        try: return e.name, e.stat().st_mtime_ns, e.stat().st_size
+        except OSError: return e.name, 0, 0  # a link to nothing, or just removed
+    return tuple(sorted(map(seen, found)))
 
 class Catalogue:
     "The steps and pipelines of one folder, and the control steps."
@@ -147,8 +150,9 @@ class Catalogue:
         paths: dict[str, Path] = {}
         for path in sorted((self.dir / "steps").glob("[!._]*.ipynb")):
             try: spec = load_step(path)
-            except SpinError as e:
-                errors[str(path)] = e
+            except Exception as e:  # whatever one file does to the reader, the others count
+                errors[str(path)] = e if isinstance(e, SpinError) else NotebookError(
+                    f"{path.name} cannot be read: {type(e).__name__}: {e}.", "Save it again in JupyterLab, or remove it.")
                 continue
             if spec.id in specs:
                 other = paths[spec.id].name if spec.id in paths else "a control step"
@@ -169,16 +173,17 @@ class Catalogue:
     def step(self, id: str) -> StepSpec:
         "One step; raises `NotFound` with the nearest id, or what is wrong with its notebook."
         specs, _, errors = self._scan()
-        if id in specs: return specs[id]
+        if isinstance(id, str) and id in specs: return specs[id]
         for where, e in errors.items():
-            if Path(where).stem == id.replace(".", "_"): raise e
-        raise NotFound(f"Unknown step {id!r}.", did_you_mean(id, specs, "steps"), step=id)
+            if Path(where).stem == str(id).replace(".", "_"): raise e
+        broken = f" Not readable: {', '.join(Path(o).name for o in list(errors)[:3])}." if errors else ""
+        raise NotFound(f"Unknown step {show_value(id)}.", did_you_mean(id, specs, "steps") + broken, step=show_value(id))
 
     def notebook(self, id: str) -> Path:
         "The notebook of a step; raises `NotFound` for a control step, which has none."
-        spec = self.step(id)
-        if spec.kind == "control": raise NotFound(f"{id} is a control step: it has no notebook.", step=id)
-        return self._scan()[1][id]
+        paths = self._scan()[1]
+        if id in paths: return paths[id]
+        raise NotFound(f"{self.step(id).id} is a control step: it has no notebook.", step=id)
 
     def control(self, id: str) -> ControlFunction:
         "The coroutine function of a control step."
@@ -207,7 +212,8 @@ def pipeline(self: Catalogue, name: str) -> Any:
     "What the cells tagged `pipeline` of a pipeline notebook build; raises `NotFound` or `NotebookError`."
     known = self.pipelines()
     if name not in known:
-        raise NotFound(f"Unknown pipeline {name!r}.", did_you_mean(name, known, "pipelines"), pipeline=name)
+        raise NotFound(f"Unknown pipeline {show_value(name)}.", did_you_mean(name, known, "pipelines"),
+                       pipeline=show_value(name))
     path = known[name]
     cells, space = cells_of(read_notebook(path), "pipeline"), {"__name__": f"pipeline_{name}"}
     if not cells:
@@ -221,13 +227,33 @@ def pipeline(self: Catalogue, name: str) -> Any:
                             "Build one Pipeline.")
     return space[next(iter(built.values()))]
 
+@patch
+def graph(self: Catalogue, name: str) -> Graph:
+    "What a pipeline notebook builds, as data; raises `NotFound`, `NotebookError` or `GraphError`."
+    built, fix = self.pipeline(name), "Let it build a Pipeline."
+    try: graph = built.to_graph()
+    except SpinError: raise
+    except (Exception, SystemExit) as e:
+        raise NotebookError(f"{name}.ipynb: its to_graph() raised {type(e).__name__}: {e}.", fix) from e
+    if isinstance(graph, Graph): return graph
+    raise NotebookError(f"{name}.ipynb: its to_graph() gave {show_value(graph)}, which is no Graph.", fix)
+
+@patch
+def graphs(self: Catalogue) -> tuple[dict[str, Graph], dict[str, SpinError]]:  # by name: graph, why there is none
+    "Every pipeline as a graph; one that cannot be built does not hide the others."
+    found, errors = {}, {}
+    for name in self.pipelines():
+        try: found[name] = self.graph(name)
+        except SpinError as e: errors[name] = e
+    return found, errors
+
 def _run_cell(src: str, where: str, space: dict[str, Any]) -> None:
     "Run one cell; an error that is not ours names notebook, cell and line."
     try: exec(compile(src, where, "exec"), space)
     except SpinError: raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         tb = e.__traceback__.tb_next
-        line = e.lineno if isinstance(e, SyntaxError) else tb.tb_lineno if tb else 1
+        line = (e.lineno or 1) if isinstance(e, SyntaxError) else tb.tb_lineno if tb else 1
         raise NotebookError(f"{where}, line {line}: {type(e).__name__}: {e}.",
                             "Cells tagged `pipeline` run alone: imports belong in them.") from e
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Place', 'refs_in', 'needs_of', 'dependencies', 'topological', 'matches', 'show_ref', 'Scope', 'check_node',
-           'check_condition', 'problems', 'validate_graph', 'revive', 'plain', 'as_type', 'resolve_params',
-           'params_from_text', 'file_values', 'replace_files', 'check_file', 'store_files']
+           'check_condition', 'problems', 'check_literals', 'validate_graph', 'explain', 'read_graph', 'check_bounds',
+           'plain', 'as_type', 'resolve_params', 'params_from_text', 'check_key', 'check_file', 'check_picture',
+           'file_values', 'replace_files', 'check_files', 'store_files']
 
 # %% ../nbs/03_check.ipynb #1ffff806
-import json
-from collections.abc import Iterable, Iterator, Mapping
+import json, mimetypes, re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from pydantic import ValidationError
 
 from .catalogue import Catalogue, catalogue
 from .core import GraphError, InputError, NotFound, SpinError
-from .schema import MEDIA, Artifact, Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec, is_media
-from .schema import parse_value, port_type
+from .schema import MAX_PIXELS, MEDIA, Artifact, Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec
+from .schema import check_json, is_media, parse_value, port_type, revive, show_value, text_problem
 from .spec import did_you_mean, fits, type_of
 
 # %% ../nbs/03_check.ipynb #6c37ca8d
@@ -44,7 +45,7 @@ def dependencies(graph: Graph) -> dict[str, tuple[str, ...]]:
     for id, names in needs.items():
         for name in names:
             if name not in needs:
-                raise GraphError(f"{id} needs the step {name!r}, which is not in the graph.", did_you_mean(name, needs))
+                raise GraphError(f"{id} needs the step {show_value(name)}, which is not in the graph.", did_you_mean(name, needs))
     return needs
 
 def topological(
@@ -92,13 +93,14 @@ class Scope:
         "The type of a reference; raises `GraphError` for one to nothing."
         if isinstance(ref, ParamRef):
             if ref.name in self.params: return self.params[ref.name].type
-            raise GraphError(f"There is no parameter {ref.name!r}.", did_you_mean(ref.name, self.params, "parameters"))
+            raise GraphError(f"There is no parameter {show_value(ref.name)}.",
+                             did_you_mean(ref.name, self.params, "parameters") or "The graph declares none.")
         if ref.node not in self.nodes:
-            raise GraphError(f"There is no step {ref.node!r} in the graph.",
+            raise GraphError(f"There is no step {show_value(ref.node)} in the graph.",
                              did_you_mean(ref.node, self.nodes, "steps"))
         node, spec = self.nodes[ref.node]
         if ref.port not in spec.outputs:
-            raise GraphError(f"{ref.node} ({spec.id}) has no output {ref.port!r}.",
+            raise GraphError(f"{ref.node} ({spec.id}) has no output {show_value(ref.port)}.",
                              did_you_mean(ref.port, spec.outputs, "outputs"))
         kind = port_type(spec.outputs[ref.port])
         return f"list[{kind}]" if node.each else kind
@@ -106,7 +108,9 @@ class Scope:
     def check(self, value: Any, want: str, where: str) -> None:
         "Raise `GraphError` unless the value, with references in it, can go into a port of type `want`."
         if isinstance(value, ParamRef | PortRef):
-            if matches(have := self.of(value), want): return
+            try: have = self.of(value)
+            except GraphError as e: raise GraphError(f"{where}: {e.message}", e.hint) from e
+            if matches(have, want): return
             raise GraphError(f"{where} takes {want}, but {show_ref(value)} is {have}.", self.offer(value, want),
                              have=have, want=want)
         inner = want[5:-1] if want.startswith("list[") else "any"
@@ -115,7 +119,7 @@ class Scope:
         elif isinstance(value, dict) and want in ("dict", "any"):
             for k, o in value.items(): self.check(o, "any", f"{where}[{k!r}]")
         elif not fits(value, want):
-            raise GraphError(f"{where} takes {want}, but got {value!r:.80} ({type_of(value)}).",
+            raise GraphError(f"{where} takes {want}, but got {show_value(value)} ({type_of(value)}).",
                              f"Give a value of type {want}, or a reference.")
 
     def offer(self, ref: ParamRef | PortRef, want: str) -> str:
@@ -132,7 +136,8 @@ def check_node(scope: Scope, node: Node, spec: StepSpec, inputs: dict[str, Any])
     for name, value in inputs.items():
         where = f"{node.id}.{name} ({spec.id})"
         if name not in ports:
-            yield GraphError(f"{spec.id} has no input {name!r}.", did_you_mean(name, ports, "inputs"), node=node.id)
+            yield GraphError(f"{node.id}: {spec.id} has no input {show_value(name)}.", did_you_mean(name, ports, "inputs"),
+                             node=node.id)
             continue
         want = spec.input(name).type
         try: scope.check(value, f"list[{want}]" if name in node.each else want, where)
@@ -150,7 +155,7 @@ def check_node(scope: Scope, node: Node, spec: StepSpec, inputs: dict[str, Any])
                          node=node.id)
     if node.when:
         try: check_condition(scope, node.when)
-        except GraphError as e: yield e
+        except GraphError as e: yield GraphError(f"{node.id}, when: {e.message}", e.hint, node=node.id)
 
 def check_condition(scope: Scope, c: Condition) -> None:
     "Raise `GraphError` for a condition on nothing, or one that compares what cannot be compared."
@@ -160,34 +165,45 @@ def check_condition(scope: Scope, c: Condition) -> None:
         raise GraphError(f"{show_ref(c.ref)} is {kind}, which has no {c.op!r} comparison.",
                          "Compare a number or a text, or use it as it is.")
     if not matches(type_of(c.value), kind):
-        raise GraphError(f"{show_ref(c.ref)} is {kind}; comparing it with {c.value!r:.60} is never meant.")
+        raise GraphError(f"{show_ref(c.ref)} is {kind}; comparing it with {show_value(c.value)} is never meant.",
+                         f"Compare it with a value of type {kind}.")
 
+# %% ../nbs/03_check.ipynb #0e918955
 def problems(graph: Graph, steps: Mapping[str, StepSpec]) -> Iterator[GraphError]:
     "Everything that is wrong with a graph."
     scope = Scope()
     if not graph.nodes: yield GraphError(f"Pipeline {graph.name!r} has no steps.", "Add one with p.step(...).")
     for p in graph.params:
         if p.name in scope.params: yield GraphError(f"The parameter {p.name!r} is declared twice.", "Keep one.")
-        try: scope.params[p.name] = p.model_copy(update=dict(type=port_type(p.type)))
-        except GraphError as e: yield GraphError(f"Parameter {p.name}: {e.message}", e.hint)
+        scope.params[p.name] = p
     for n in graph.nodes:
-        if n.id in scope.nodes: yield GraphError(f"Two steps have the id {n.id!r}.", "Rename one.")
+        if n.id in scope.nodes: yield GraphError(f"Two steps have the id {n.id!r}.", "Rename one.", node=n.id)
         if n.step not in steps:
-            yield GraphError(f"Unknown step {n.step!r}.", did_you_mean(n.step, steps, "steps"), node=n.id)
+            yield GraphError(f"{n.id}: Unknown step {show_value(n.step)}.", did_you_mean(n.step, steps, "steps"), node=n.id)
         else: scope.nodes[n.id] = (n, steps[n.step])
     for n, spec in scope.nodes.values():
         try: inputs = parse_value(n.inputs)
-        except InputError as e: yield GraphError(f"{n.id}: {e.message}", node=n.id)
+        except InputError as e: yield GraphError(f"{n.id}: {e.message}", e.hint, node=n.id)
         else: yield from check_node(scope, n, spec, inputs)
     for name, ref in graph.outputs.items():
         try: scope.of(ref)
         except GraphError as e: yield GraphError(f"Output {name!r}: {e.message}", e.hint)
+
+# %% ../nbs/03_check.ipynb #5157146b
+def check_literals(graph: Graph) -> None:
+    "Raise `GraphError` for a value in the graph that no job could carry, or for too much in all."
+    values = dict(title=graph.title, description=graph.description,
+                  params={p.name: dict(default=p.default, help=p.help) for p in graph.params},
+                  nodes={n.id: n.inputs if n.when is None else n.inputs | {"when": n.when.value} for n in graph.nodes})
+    try: check_json(values, f"{graph.name}: ")
+    except InputError as e: raise GraphError(e.message, e.hint) from e
 
 def validate_graph(
     graph: Graph,
     catalogue: Catalogue,
 ) -> None:
     "Raise `GraphError` if the graph cannot run with these steps; its `problems` field lists all that was found."
+    check_literals(graph)
     steps = catalogue.steps()
     found = list(problems(graph, steps))
     for n in graph.nodes:
@@ -201,18 +217,71 @@ def validate_graph(
     if not found: return
     more = f" ({len(found) - 1} more in `problems`.)" if len(found) > 1 else ""
     raise GraphError(found[0].message, found[0].hint + more,
-                     **{**found[0].fields, "problems": [str(o) for o in found]}) from found[0]
+                     **{**found[0].fields, "problems": [str(o) for o in found[:50]]}) from found[0]
+
+# %% ../nbs/03_check.ipynb #7fd3a73d
+_FIELDS = {*Graph.model_fields, *Node.model_fields, *Port.model_fields, *Condition.model_fields}
+
+def explain(
+    errors: Sequence[Mapping[str, Any]],  # of a pydantic `ValidationError`
+    root: str,                            # what was validated, such as "graph"
+    fields: Iterable[str] = _FIELDS,      # that there are, for a near name
+) -> tuple[str, str]:  # message and hint
+    "What pydantic found, for a person."
+    told, hint = [], "Correct the value."
+    for o in errors[:3]:
+        *above, last = [*([root] if root else []), *o["loc"]]
+        up = "".join(f"[{p}]" if isinstance(p, int) else f".{str(p)[:60]}" for p in above).lstrip(".")
+        at = f"{up}[{last}]" if isinstance(last, int) else f"{up}.{str(last)[:60]}".lstrip(".")
+        if o["type"] == "missing": told.append(f"{up or last} lacks {show_value(last)}")
+        elif o["type"] == "extra_forbidden":
+            told.append(f"{up} has no field {show_value(last)}")
+            hint = did_you_mean(str(last), fields)
+        elif o["type"] == "too_long":
+            told.append(f"{at} holds {len(o['input'])} items, but {o['ctx']['max_length']} are the limit")
+            hint = "Split it; many equal steps are one step with `each`."
+        elif last == "[key]": told.append(f"{'.'.join(above[:-1])} has the name {show_value(o['input'])}: {o['msg']}")
+        elif o["type"] == "value_error": told.append(f"{at}: {o['msg'].removeprefix('Value error, ').rstrip('.')}")
+        else:
+            msg = o["msg"].rstrip(".").replace("valid tuple", "list").replace("valid dictionary", "object")
+            told.append(f"{at} is {show_value(o['input'])}: {msg[:1].lower() + msg[1:]}")
+    more = f" ({len(errors) - 3} more.)" if len(errors) > 3 else ""
+    return "; ".join(told) + "." + more, hint
+
+def read_graph(
+    doc: Any,  # JSON of a graph, from anywhere
+) -> Graph:
+    "A graph from a document; raises `GraphError` that names the place. `validate_graph` then checks what it means."
+    if isinstance(doc, Graph): return doc
+    if not isinstance(doc, Mapping):
+        raise GraphError(f"A graph is an object with name and nodes, not {show_value(doc)}.", "See Pipeline.to_graph().")
+    known, version = Graph.model_fields["schema_version"].default, doc.get("schema_version", 1)
+    if isinstance(version, int) and version > known:
+        raise GraphError(f"The graph has schema_version {show_value(version)}; this MySpinBot knows up to {known}.",
+                         "Update MySpinBot where jobs are submitted to, or export the graph with an older one.")
+    try:
+        check_json(dict(doc), "graph")
+        return Graph.model_validate(dict(doc))
+    except InputError as e: raise GraphError(e.message, e.hint) from e
+    except ValidationError as e: raise GraphError(*explain(e.errors(), "graph")) from e
+
+# %% ../nbs/03_check.ipynb #49f841b2
+def check_bounds(
+    port: Port,
+    value: Any,  # fits its type
+    where: str,  # for the message
+) -> None:
+    "Raise `InputError` for a number or a length beyond the bounds that a parameter declares."
+    if value is None or port.type in MEDIA or (port.least is None and port.most is None): return
+    sized = isinstance(value, str | list | dict)
+    n, unit = (len(value), " characters" if isinstance(value, str) else " items") if sized else (value, "")
+    if (port.least is None or n >= port.least) and (port.most is None or n <= port.most): return
+    ends = [f"at {k} {o:,g}" for k, o in dict(least=port.least, most=port.most).items() if o is not None]
+    got = f"has {n:,}{unit}" if sized else f"is {n:,g}"
+    raise InputError(f"{where} {got}; {' and '.join(ends)} can be given.",
+                     f"{port.name}: {port.help}." if port.help else "", parameter=port.name)
 
 # %% ../nbs/03_check.ipynb #c81195d2
-def revive(v: Any) -> Any:
-    "Plain JSON with its artifacts made `Artifact`s; everything else stays as it is."
-    if isinstance(v, list | tuple): return [revive(o) for o in v]
-    if not isinstance(v, dict): return v
-    if v.get("kind") == "artifact":
-        try: return Artifact.model_validate(v)
-        except ValidationError: return v  # somebody's data that happens to have a `kind`
-    return {k: revive(o) for k, o in v.items()}
-
 def plain(v: Any) -> Any:
     "Paths as text, tuples as lists."
     if isinstance(v, Path): return str(v)
@@ -231,10 +300,15 @@ def resolve_params(
     given: Mapping[str, Any],  # parameter -> value; files as paths
 ) -> dict[str, Any]:  # a value for every parameter
     "Check names and types and fill in the defaults; raises `InputError` that names the parameter."
+    if not isinstance(given, Mapping):
+        raise InputError(f"The parameters of {graph.name} are {show_value(given)}, which is no mapping of names to values.",
+                         'Write them as {"name": value}.')
     ports, values = {p.name: p for p in graph.params}, {}
     for name in given:
         if name not in ports:
-            raise InputError(f"{graph.name} has no parameter {name!r}.", did_you_mean(name, ports, "parameters"))
+            raise InputError(f"{graph.name} has no parameter {show_value(name)}.",
+                             did_you_mean(name, ports, "parameters") or "It has no parameters at all.")
+    check_json(dict(given), f"{graph.name}: ")
     empty = lambda p: p.name not in given or (p.type in MEDIA and given[p.name] in ("", None))
     if missing := [p for p in graph.params if p.required and empty(p)]:
         told = "; ".join(f"{p.name} ({p.type}{': ' + p.help if p.help else ''})" for p in missing)
@@ -243,12 +317,18 @@ def resolve_params(
     for name, p in ports.items():
         v = revive(plain(given.get(name, p.default)))
         if not fits(v, p.type) and (name in given or p.default is not None):
-            raise InputError(f"{graph.name}: {name} takes {p.type}, but got {v!r:.80} ({type_of(v)}).", p.help,
-                             parameter=name)
+            got = "nothing (null)" if v is None else f"{show_value(v)} ({type_of(v)})"
+            fix = _GIVE.get(p.type, f"Give a value of type {p.type}.")
+            raise InputError(f"{graph.name}: {name} takes {p.type}, but got {got}.",
+                             f"{fix} {name}: {p.help}" if p.help else fix, parameter=name)
         values[name] = as_type(v, p.type)
+        check_bounds(p, values[name], f"{graph.name}: {name}")
     return values
 
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_GIVE = dict(str="Give a text.", int="Give a whole number.", float="Give a number.", bool="Give true or false.",
+             list="Give a list.", dict="Give an object with names and values.",
+             **dict.fromkeys(MEDIA, "Give the path of a file, or an artifact that was uploaded."))
 _HOW = dict(int="Write a whole number.", float="Write a number.", bool="Write true or false.",
             list='Write it as JSON, such as ["a", "b"].')
 
@@ -265,11 +345,82 @@ def params_from_text(
             elif kind == "bool": values[name] = _BOOLS[text.strip().lower()]
             elif kind in ("int", "float"): values[name] = (int if kind == "int" else float)(text)
             else: values[name] = json.loads(text)
-        except (ValueError, KeyError):
-            if kind == "any": values[name] = text
+        except (ValueError, KeyError, RecursionError) as e:
+            if kind == "any" and not isinstance(e, RecursionError): values[name] = text
             else:
-                raise InputError(f"{name} takes {kind}, but got {text!r:.80}.", _HOW.get(kind, _HOW["list"])) from None
+                raise InputError(f"{name} takes {kind}, but got {show_value(text)}.", _HOW.get(kind, _HOW["list"])) from None
     return values
+
+# %% ../nbs/03_check.ipynb #ce8cef0b
+def check_key(
+    key: Any,   # None: there is none
+    what: str,  # such as "idempotency key"
+) -> None:
+    "Raise `InputError` for what cannot serve as a key in the journal."
+    if key is None: return
+    problem = f"{show_value(key)}, which is no text" if not isinstance(key, str) else text_problem(key)
+    if not problem and not key: problem = "empty"
+    if not problem and len(key) > 200: problem = f"{len(key)} characters long"
+    if problem: raise InputError(f"The {what} is {problem}.", "Give a text of 1 to 200 characters, or leave it out.")
+
+# %% ../nbs/03_check.ipynb #91855541
+def check_file(
+    where: str,  # the parameter, for the message
+    path: str,
+    port: Port,  # of type Image, Audio, Video, Data, or a list of one
+) -> None:
+    "Raise `InputError` for a file that is not there, is empty, or is no picture, or a text in the place of sound or film."
+    kind = port.type.removeprefix("list[").removesuffix("]")
+    try: there = (file := Path(path).expanduser()).is_file()
+    except (OSError, RuntimeError) as e:  # a name too long, or the home of nobody
+        raise InputError(f"{where}: {show_value(path)} is no path: {getattr(e, 'strerror', None) or e}.",
+                         f"Give the path of a file of type {kind}.") from e
+    if not there:
+        said = "is a folder" if file.is_dir() else "is no plain file" if file.exists() else \
+            "is a link that leads to no file" if file.is_symlink() else ""
+        raise InputError(f"{where}: {show_value(path)} {said}." if said else f"{where}: there is no file {show_value(path)}.",
+                         f"Relative paths start at {Path.cwd()}.", path=path)
+    try:
+        with open(file, "rb") as f: head = f.read(400)
+    except OSError as e:
+        raise InputError(f"{where}: {show_value(path)} cannot be read: {e.strerror}.", "Change its rights.", path=path) from e
+    if not head: raise InputError(f"{where}: {path!r} is empty.", f"Give a file of type {kind}.", path=path)
+    if kind == "Data": return
+    try: text = head.decode()
+    except UnicodeDecodeError: text = ""
+    if text and "<svg" not in text and all(c.isprintable() or c.isspace() for c in text):
+        raise InputError(f"{where}: {path!r} is no {kind.lower()} but a text that begins {text[:30]!r}.",
+                         f"Give a file of type {kind}.", path=path)
+    if kind == "Image": check_picture(f"{where}: {path!r}", file, head, port.least or 1)
+
+# %% ../nbs/03_check.ipynb #36088fdb
+def check_picture(
+    where: str,   # parameter and path, for the message
+    file: Path,
+    head: bytes,  # its beginning
+    least: float,  # pixels of the shorter side
+) -> None:
+    "Raise `InputError` for a damaged picture, a huge one and one too small, by its header; the pixels are not decoded."
+    from PIL import Image as Pillow
+    from PIL import UnidentifiedImageError
+    most, fix = f"at most {MAX_PIXELS // 10**6} megapixels are read", "Reduce it first."
+    try:
+        with Pillow.open(file) as im:
+            (w, h), form = im.size, im.format
+            if w * h > MAX_PIXELS: raise InputError(f"{where} is {w}x{h}; {most}.", fix)
+            im.verify()  # of a PNG all checksums, of others nothing
+    except Pillow.DecompressionBombError as e:
+        many = re.search(r"\d{6,}", str(e))
+        raise InputError(f"{where} has {int(many[0]) // 10**6 if many else 'too many'} megapixels; {most}.", fix) from e
+    except UnidentifiedImageError as e:
+        by_name = mimetypes.guess_type(file.name)[0] or ""
+        if by_name.startswith("image/") and file.suffix.lower() not in Pillow.registered_extensions(): return
+        raise InputError(f"{where} is no picture, or a damaged one; it begins with the bytes {head[:8].hex(' ')}.",
+                         "Give a JPEG, PNG or WebP file.") from e
+    except (OSError, SyntaxError, ValueError, EOFError) as e:
+        raise InputError(f"{where} is damaged: {e}.", "Copy or download it again.") from e
+    if min(w, h) < least:
+        raise InputError(f"{where} is a {form} of only {w}x{h} pixels.", f"Use at least {least:g} pixels a side.")
 
 # %% ../nbs/03_check.ipynb #a7f6abfd
 Place = tuple[str | int, ...]  # ("params", name, index...) or ("nodes", node id, input, index...)
@@ -310,22 +461,19 @@ def replace_files(
     nodes = tuple(n.model_copy(update=dict(inputs=inputs[n.id])) for n in graph.nodes)
     return graph.model_copy(update=dict(nodes=nodes)), values
 
-def check_file(
-    where: str,  # the parameter, for the message
-    path: str,
-    kind: str,   # Image, Audio, Video or Data
-) -> None:
-    "Raise `InputError` for a file that is not there, is empty, or is a text where a picture, sound or film is due."
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise InputError(f"{where}: there is no file {path!r}.", f"Relative paths start at {Path.cwd()}.", path=path)
-    with open(file, "rb") as f: head = f.read(400)
-    if not head: raise InputError(f"{where}: {path!r} is empty.", f"Give a file of type {kind}.", path=path)
-    if kind == "Data": return
-    try: text = head.decode()
-    except UnicodeDecodeError: return
-    if "<svg" in text or not all(c.isprintable() or c.isspace() for c in text): return
-    raise InputError(f"{where}: {path!r} is no {kind.lower()} but a text that begins {text[:30]!r}.", path=path)
+def check_files(
+    graph: Graph,
+    params: Mapping[str, Any],       # resolved
+    steps: Catalogue | None = None,  # default: `catalogue()`
+) -> tuple[list[tuple[Place, str]], dict[Place, str]]:  # as `file_values` finds them; the kind that is due at each place
+    "Look at every file that graph and parameters name; raises `InputError` for one that is not there or no such file."
+    found, ports, kinds = file_values(graph, params, steps), {p.name: p for p in graph.params}, {}
+    for place, path in found:
+        if place[0] == "params": port = ports[place[1]]
+        else: port = (steps or catalogue()).step(graph.node(place[1]).step).input(place[2])
+        kinds[place] = port.type.removeprefix("list[").removesuffix("]")
+        check_file(".".join(map(str, place[1:])), path, port)
+    return found, kinds
 
 def store_files(
     graph: Graph,
@@ -333,14 +481,8 @@ def store_files(
     store: Any,                      # has `put_file(path) -> Artifact`
     steps: Catalogue | None = None,  # default: `catalogue()`
 ) -> tuple[Graph, dict[str, Any]]:
-    "Store every file that graph and parameters name; raises `InputError` for one that is not there or not what is due."
-    found, stored, params_kind = file_values(graph, params, steps), {}, {p.name: p.type for p in graph.params}
-    kinds = {}
-    for place, path in found:
-        if place[0] == "params": kind = params_kind[place[1]]
-        else: kind = (steps or catalogue()).step(graph.node(place[1]).step).input(place[2]).type
-        kinds[place] = kind.removeprefix("list[").removesuffix("]")
-        check_file(".".join(map(str, place[1:])), path, kinds[place])
+    "Store every file that graph and parameters name, once all were looked at; raises `InputError`."
+    (found, kinds), stored = check_files(graph, params, steps), {}
     for path in dict.fromkeys(path for _, path in found): stored[path] = store.put_file(Path(path).expanduser())
     for place, path in found:
         got, kind = stored[path].media_type, kinds[place]

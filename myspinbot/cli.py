@@ -6,15 +6,15 @@
 __all__ = ['app', 'out', 'err', 'COLORS', 'Json', 'JobId', 'main', 'print_error', 'show_json', 'status_text', 'table',
            'parse_params', 'client', 'full_id', 'job_json', 'step_json', 'log_to_stderr', 'stop_on_signal', 'control',
            'worker', 'dashboards', 'dashboards_dir', 'lab', 'up', 'down', 'health_text', 'status', 'checks', 'doctor',
-           'watch_job', 'report', 'submit', 'read_table', 'batch', 'jobs', 'show', 'logs', 'act', 'cancel', 'retry',
-           'rerun', 'approve', 'pipelines', 'steps', 'demo']
+           'watch_job', 'report', 'submit', 'csv_rows', 'read_table', 'batch', 'jobs', 'show', 'logs', 'act', 'cancel',
+           'retry', 'rerun', 'approve', 'pipelines', 'steps', 'demo']
 
 # %% ../nbs/60_cli.ipynb #ac004afb
-import csv, json, logging, os, shutil, signal, sys, threading, time
+import csv, io, json, logging, os, re, shutil, signal, sys, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import structlog, typer
 from rich.console import Console
@@ -23,6 +23,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from .core import InputError, NotFound, SpinError, error_from_dict, settings
+from .keys import work_stream
+from .schema import JobStatus, show_value
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="MySpinBot: notebook-first AI media pipelines on your own machines.")
@@ -59,7 +61,7 @@ def table(*columns: str) -> Table: return Table(*columns, box=None, header_style
 def parse_params(given: list[str]) -> dict[str, Any]:
     "`name=value` pairs as text; types are applied against the pipeline's parameters. Raises `InputError`."
     bad = next((p for p in given if "=" not in p), None)
-    if bad: raise InputError(f"-p {bad!r} is not name=value.")
+    if bad is not None: raise InputError(f"-p {show_value(bad)} is not name=value.", "Write it like -p text='Hello there'.")
     return dict(p.split("=", 1) for p in given)
 
 # %% ../nbs/60_cli.ipynb #c200a27b
@@ -72,6 +74,7 @@ def client() -> Iterator[Any]:
 def full_id(c: Any, start: str) -> str:
     "The job whose id begins so; raises `NotFound` when it is none or several."
     if len(start) >= 20: return start
+    if not start: raise NotFound("The job id is empty.", "List jobs with `myspinbot jobs`.")
     hits = [j.id for j in c.jobs(limit=500) if j.id.startswith(start) or j.id.removeprefix("job_").startswith(start)]
     if len(hits) == 1: return hits[0]
     raise NotFound(f"{len(hits)} jobs begin with {start!r}.", "List them with `myspinbot jobs`.")
@@ -127,17 +130,20 @@ def control() -> None:
 def worker(
     name: Annotated[str, typer.Option(help="Consumer name; default host:n.")] = "",
     queues: Annotated[str, typer.Option(help="Comma-separated queues; default SPIN_QUEUES.")] = "",
-    slots: Annotated[int, typer.Option(help="Steps at once; default SPIN_SLOTS.")] = 0,
+    slots: Annotated[int, typer.Option(min=0, max=256, help="Steps at once; default SPIN_SLOTS.")] = 0,
 ) -> None:
     "Run a worker until stopped; it drains first."
     log_to_stderr()
     from myspinbot.client import Client
     from myspinbot.services import worker_slot
     from myspinbot.worker import Worker
+    for q in filter(None, queues.split(",")): work_stream(q)  # before anything starts
+    if not re.fullmatch(r"[A-Za-z0-9][\w.:-]{0,99}|", name):
+        raise InputError(f"{show_value(name)} is no name for a worker.", "Use letters, digits, and . _ : - after the first.")
     stop, cfg = stop_on_signal(), settings()
     own, lock = (name, None) if name else worker_slot(cfg.home)
     with Client() as c:
-        cfg = c.cfg.model_copy(update=dict(queues=tuple(queues.split(",")) if queues else cfg.queues,
+        cfg = c.cfg.model_copy(update=dict(queues=tuple(filter(None, queues.split(","))) or cfg.queues,
             slots=slots or cfg.slots))
         Worker(c.journal, c.bridge, c.events, c.store, c.catalogue, own, cfg).run(stop)
     if lock: lock.close()
@@ -263,8 +269,10 @@ def checks() -> Iterator[tuple[str, bool, str, str]]:
         steps = catalogue().steps()
         there = any(s.kind == "notebook" for s in steps.values())
         found, mend = f"{len(steps)} steps, {len(catalogue().pipelines())} pipelines", "Set SPIN_PIPELINES_DIR."
-    except SpinError as e: there, found, mend = False, e.message, e.hint
+        broken = catalogue().errors() | catalogue().graphs()[1]
+    except SpinError as e: there, found, mend, broken = False, e.message, e.hint, {}
     yield "catalogue", there, found, mend
+    for name, e in broken.items(): yield Path(name).name, False, e.message, e.hint
     yield "language model", True, settings().llm_base_url or "not set: give a text, not a topic (SPIN_LLM_BASE_URL)", ""
 
 @app.command(rich_help_panel="Services")
@@ -274,7 +282,7 @@ def doctor(as_json: Json = False) -> None:
     if as_json: show_json([dict(name=n, ok=ok, found=f, mend="" if ok else m) for n, ok, f, m in rows])
     else:
         for n, ok, found, mend in rows:
-            out.print(f"{'[green]ok[/]     ' if ok else '[red]missing[/]'} {n:<24} {escape(found)}")
+            out.print(f"{'[green]ok[/]     ' if ok else '[red]missing[/]'} {escape(n):<24} {escape(found)}", soft_wrap=True)
             if not ok: out.print(f"        [b]{escape(mend)}[/]")
     if not all(ok for _, ok, _, _ in rows): raise typer.Exit(1)
 
@@ -291,8 +299,10 @@ def watch_job(c: Any, id: str, quiet: bool = False) -> Any:
             if not e.key: continue
             if e.key not in tasks: tasks[e.key] = bars.add_task(e.key, total=1.0, state="", note="", start=False)
             t = tasks[e.key]
-            if e.kind == "progress": bars.update(t, completed=e.body.get("fraction") or 0,
-                note=escape(str(e.body.get("note", ""))))
+            if e.kind == "progress":
+                done = e.body.get("fraction")
+                bars.update(t, completed=done if isinstance(done, int | float) else 0,
+                    note=escape(str(e.body.get("note", ""))))
             if e.kind == "step" and (s := e.body.get("status")):
                 if s == "running": bars.start_task(t)
                 bars.update(t, state=status_text(s))
@@ -344,18 +354,37 @@ def submit(
     show_json(dict(job=job.id, status=job.status)) if as_json else out.print(job.id)
 
 # %% ../nbs/60_cli.ipynb #8efe4c35
+def csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
+    "Rows of a CSV file, without their empty cells; raises `InputError` that names the line."
+    read = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = read.fieldnames or []
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise InputError(f"{path}: the column {show_value(min(twice))} is there twice.", "Keep one.")
+        rows = []
+        for r in read:
+            if None in r: raise InputError(f"{path}, line {read.line_num}: more cells than the {len(names)} columns, "
+                f"from {show_value(r[None][0])} on.", "Put a cell that holds a comma in double quotes.")
+            rows.append({k: v for k, v in r.items() if v not in ("", None)})
+        return rows
+    except csv.Error as e:
+        raise InputError(f"{path}, line {read.line_num}: {e}.", 'In quotes, write "" for a quote.') from e
+
 def read_table(path: Path) -> list[dict[str, Any]]:
     "Parameter sets from a CSV file (a header line of names) or a YAML list; raises `InputError`."
     import yaml
     if not path.is_file(): raise InputError(f"No file {path}.",
         "Give a .csv or .yaml file with one parameter set per row.")
-    if path.suffix.lower() == ".csv":
-        with open(path, newline="", encoding="utf-8-sig") as f: rows = [{k: v for k,
-            v in r.items() if v not in ("", None)} for r in csv.DictReader(f)]
-    elif path.suffix.lower() in (".yaml", ".yml"):
-        try: rows = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as e: raise InputError(f"{path} is not YAML: {e}.") from e
-    else: raise InputError(f"{path} is neither .csv nor .yaml.")
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".yaml", ".yml"): raise InputError(f"{path} is neither .csv nor .yaml.", "Rename or convert it.")
+    try: text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path} cannot be read: {e}.", "Save it as UTF-8.") from e
+    if kind == ".csv": rows = csv_rows(path, text)
+    else:
+        try: rows = yaml.safe_load(text)
+        except (yaml.YAMLError, RecursionError, ValueError) as e:
+            raise InputError(f"{path} is not YAML: {str(e)[:300]}.", "Write a list of mappings.") from e
     if not isinstance(rows, list) or not rows or not all(isinstance(r,
         dict) for r in rows): raise InputError(f"{path} holds no list of parameter sets.",
         "One mapping of names to values per entry.")
@@ -371,14 +400,15 @@ def batch(
 ) -> None:
     "Submit one job per row; every row is checked before the first is submitted."
     from myspinbot.core import new_id
-    from myspinbot.check import params_from_text, resolve_params
+    from myspinbot.check import check_files, params_from_text, resolve_params, validate_graph
     with client() as c:
         g, rows, group = c.graph(pipeline), read_table(file), new_id("batch")
+        validate_graph(g, c.catalogue)
         sets = []
         for i, r in enumerate(rows, 1):
             try:
                 sets.append(params_from_text(g, r) if file.suffix.lower() == ".csv" else r)
-                resolve_params(g, sets[-1])
+                check_files(g, resolve_params(g, sets[-1]), c.catalogue)
             except SpinError as e: raise InputError(f"Row {i} of {file}: {e.message}", e.hint) from e
         jobs = [c.submit(g, s, priority=priority, parent=group) for s in sets]
         if wait: jobs = [c.wait(j.id) for j in jobs]
@@ -391,6 +421,8 @@ def batch(
 def jobs(status: str = "", pipeline: str = "", parent: Annotated[str,
     typer.Option(help="Jobs of a batch or of a job.")] = "", limit: int = 20, as_json: Json = False) -> None:
     "List jobs, newest first."
+    if status and status not in get_args(JobStatus):
+        raise InputError(f"No job is ever {show_value(status)}.", f"Use one of {', '.join(get_args(JobStatus))}.")
     with client() as c: found = c.jobs(status=status or None, pipeline=pipeline or None, parent=parent or None,
         limit=limit)
     if as_json: return show_json([job_json(j) for j in found])
@@ -464,7 +496,8 @@ def approve(job: JobId, step: str, decline: Annotated[bool, typer.Option(help="S
 def pipelines(as_json: Json = False) -> None:
     "The pipelines and their parameters."
     from myspinbot.catalogue import catalogue
-    graphs = {n: catalogue().pipeline(n).to_graph() for n in catalogue().pipelines()}
+    graphs, broken = catalogue().graphs()
+    for e in broken.values(): print_error(e)
     if as_json: return show_json([g.to_json() for g in graphs.values()])
     for n, g in graphs.items():
         out.print(f"[b]{n}[/]  {escape(g.title)}")
@@ -478,6 +511,7 @@ def steps(as_json: Json = False) -> None:
     "The steps, with inputs and outputs."
     from myspinbot.catalogue import catalogue
     specs = catalogue().steps()
+    for e in catalogue().errors().values(): print_error(e)
     if as_json: return show_json([s.to_json() for s in specs.values()])
     t = table("step", "kind", "queue", "inputs", "outputs")
     for s in specs.values(): t.add_row(s.id, s.kind, s.queue, ", ".join(f"{p.name}: {p.type}" for p in s.inputs),

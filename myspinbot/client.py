@@ -15,10 +15,10 @@ from fastcore.basics import patch
 
 from .catalogue import Catalogue, catalogue
 from .core import InputError, NotFound, ServiceUnavailable, Settings, SpinError, settings
-from .check import resolve_params, store_files, validate_graph
+from .check import check_key, read_graph, resolve_params, store_files, validate_graph
 from .graph import Pipeline
 from .plan import downstream
-from .schema import JOB_END, Artifact, Event, Graph, Job, StepRow
+from .schema import JOB_END, Artifact, Event, Graph, Job, StepRow, show_value
 
 # %% ../nbs/40_client.ipynb #313eef12
 def service_settings(
@@ -61,15 +61,16 @@ class Client:
 
 # %% ../nbs/40_client.ipynb #f5552948
 @patch
-def graph(self: Client, pipeline: "str | Pipeline | Graph") -> Graph:
-    "The graph of a pipeline given by name, object or as data."
-    if isinstance(pipeline, Graph): return pipeline
-    if isinstance(pipeline, str): pipeline = self.catalogue.pipeline(pipeline)
-    return pipeline.to_graph()
+def graph(self: Client, pipeline: "str | Pipeline | Graph | Mapping[str, Any]") -> Graph:
+    "The graph of a pipeline given by name, object or as data; raises `GraphError`, `InputError` or `NotFound`."
+    if isinstance(pipeline, Graph | Mapping): return read_graph(pipeline)
+    if isinstance(pipeline, str): return self.catalogue.graph(pipeline)
+    if hasattr(pipeline, "to_graph"): return pipeline.to_graph()
+    raise InputError(f"A pipeline is a name, a Pipeline or a graph, not {show_value(pipeline)}.", "See `myspinbot pipelines`.")
 
 @patch
 def submit(self: Client,
-    pipeline: "str | Pipeline | Graph",
+    pipeline: "str | Pipeline | Graph | Mapping[str, Any]",
     params: Mapping[str, Any] | None = None,  # files as paths; they are uploaded
     *,
     priority: str = "normal",                 # high, normal or low
@@ -78,11 +79,12 @@ def submit(self: Client,
     fresh: tuple[str, ...] = (),              # nodes that must not come from the cache
 ) -> Job:
     "Accept a job; raises `InputError`, `GraphError` or `NotFound` and then has accepted nothing."
-    if priority not in ("high", "normal", "low"): raise InputError(f"priority is {priority!r}.",
+    if priority not in ("high", "normal", "low"): raise InputError(f"priority is {show_value(priority)}.",
         "Use high, normal or low.")
+    for key, what in ((idempotency_key, "idempotency key"), (parent, "parent")): check_key(key, what)
     g = self.graph(pipeline)
     validate_graph(g, self.catalogue)
-    g, values = store_files(g, resolve_params(g, dict(params or {})), self.store, self.catalogue)
+    g, values = store_files(g, resolve_params(g, {} if params is None else params), self.store, self.catalogue)
     job = self.journal.submit(g, values, priority=priority, idempotency_key=idempotency_key, parent=parent, fresh=fresh)
     self.hint(self.bridge.hint_jobs, job.id)
     return job
@@ -110,7 +112,7 @@ def jobs(self: Client, status: str | None = None, pipeline: str | None = None, p
 @patch
 def steps(self: Client, id: str) -> list[StepRow]: return self.journal.steps(id)
 @patch
-def pipelines(self: Client) -> dict[str, Graph]: return {n: self.graph(n) for n in self.catalogue.pipelines()}
+def pipelines(self: Client) -> dict[str, Graph]: return self.catalogue.graphs()[0]
 
 @patch
 def follow(self: Client,
@@ -181,6 +183,7 @@ def rerun(self: Client,
 @patch
 def approve(self: Client, id: str, key: str, approved: bool = True, comment: str = "", by: str = "user") -> None:
     "Answer a step that waits for a person."
+    self.journal.job(id)
     self.journal.decide(id, key, approved, by, comment)
 
 @patch

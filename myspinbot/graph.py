@@ -14,11 +14,11 @@ from fastcore.basics import patch
 from pydantic import ValidationError
 
 from .catalogue import Catalogue, catalogue
-from .check import Scope, check_condition, check_node, file_values, params_from_text, plain
+from .check import Scope, check_condition, check_node, explain, file_values, params_from_text, plain
 from .check import replace_files, resolve_params, show_ref, store_files, validate_graph
-from .core import GraphError, NotFound
+from .core import GraphError, InputError, NotFound
 from .draw import draw, mermaid
-from .schema import Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec, port_type
+from .schema import Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec, check_json, port_type, show_value
 from .spec import did_you_mean, fits, type_of
 
 _all_ = ["draw", "file_values", "mermaid", "params_from_text", "replace_files", "resolve_params", "store_files",
@@ -107,15 +107,21 @@ class Pipeline:
         type: Any = str,     # str, int, float, bool, list, dict, Image, Audio, Video, Data, list[...] of one
         default: Any = ...,  # without one the parameter is required
         help: str = "",      # what a form shows beside it
+        *,
+        least: float | None = None,  # smallest number; of a text its length, of a picture its shorter side
+        most: float | None = None,   # largest number, or length
     ) -> Value:
-        "Declare a parameter."
+        "Declare a parameter; what is beyond its bounds is refused before anything runs."
         kind = port_type(type)
         if name in self.scope.params: raise GraphError(f"The parameter {name!r} is declared twice.", "Keep one.")
+        try: check_json(None if default is ... else default, f"{self.name}: the default of {name}")
+        except InputError as e: raise GraphError(e.message, e.hint) from e
         value = None if default is ... else plain(default)
         if default is not ... and not fits(value, kind):
-            raise GraphError(f"The default of {name} is {default!r:.60} ({type_of(default)}), which is not {kind}.",
+            raise GraphError(f"The default of {name} is {show_value(default)} ({type_of(default)}), which is not {kind}.",
                              "Change the default or the type.")
-        try: port = Port(name=name, type=kind, required=default is ..., default=value, help=help)
+        try: port = Port(name=name, type=kind, required=default is ..., default=value, help=help, least=least,
+                         most=most)
         except ValidationError as e:
             raise GraphError(f"{name!r} is no name for a parameter.", "Use lower case, digits and underscores.") from e
         self.scope.params[name] = port
@@ -124,8 +130,9 @@ class Pipeline:
     def to_graph(self) -> Graph:
         "The pipeline as data."
         nodes = tuple(n for n, _ in self.scope.nodes.values())
-        return Graph(name=self.name, title=self.title, description=self.description,
-                     params=tuple(self.scope.params.values()), nodes=nodes, outputs=self.outputs)
+        try: return Graph(name=self.name, title=self.title, description=self.description,
+                          params=tuple(self.scope.params.values()), nodes=nodes, outputs=self.outputs)
+        except ValidationError as e: raise GraphError(*explain(e.errors(), f"Pipeline {self.name}")) from e
 
     def mermaid(self, states: Mapping[str, str] | None = None) -> str:
         "The pipeline as a Mermaid flowchart; `states` as for `draw`."
@@ -208,13 +215,16 @@ def _add(self: Pipeline, step_id: str, id: str | None, inputs: Mapping[str, Any]
     id = self._free_id(spec) if id is None else id
     if id in self.scope.nodes:
         raise GraphError(f"There is a step {id!r} already.", "Choose another id, or leave it out.")
-    values = {k: self._lower(v, f"{id}.{k} ({step_id})") for k, v in inputs.items()}
+    try: values = {k: self._lower(v, f"{id}.{k} ({step_id})") for k, v in inputs.items()}
+    except RecursionError: raise GraphError(f"{id} ({step_id}): an input is nested without end.", "Flatten it.") from None
+    try: check_json(values, f"{id} ({step_id}): ")
+    except InputError as e: raise GraphError(e.message, e.hint) from e
     try:
         node = Node(id=id, step=step_id, inputs=values, each=each, after=self._ids(after, id),
                     when=self._condition(when, id), on_failure=on_failure, cache=cache)
     except ValidationError as e:
         bad = e.errors()[0]
-        raise GraphError(f"{step_id}: {bad['loc'][0]}={bad['input']!r:.60}: {bad['msg']}.") from e
+        raise GraphError(f"{step_id}: {bad['loc'][0]}={show_value(bad['input'])}: {bad['msg']}.", "Correct it.") from e
     for problem in check_node(self.scope, node, spec, values): raise problem
     self.scope.nodes[id] = (node, spec)
     return StepHandle(self, node, spec)

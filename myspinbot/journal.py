@@ -65,7 +65,7 @@ def job(self: Journal, id: str) -> Job:
     "One job; raises `NotFound`."
     row = self.row("SELECT job.*, body::text FROM job JOIN graph ON graph.hash = job.graph WHERE id = %(id)s",
                    id=mended(id))
-    if row is None: raise NotFound(f"No job {id!r}.", "`myspinbot jobs` lists them.")
+    if row is None: raise NotFound(f"No job {id!r:.80}.", "`myspinbot jobs` lists them.")
     return job_of(row)
 
 @patch
@@ -150,7 +150,7 @@ def renew_jobs(self: Journal,
         SELECT w.id, CASE WHEN u.id IS NOT NULL THEN 'ok' WHEN job.status = 'cancelled' THEN 'cancelled'
           ELSE 'lost' END AS state
         FROM w LEFT JOIN u USING (id) LEFT JOIN job USING (id)""",
-        ids=ids, epochs=epochs, owner=owner, lease=float(lease_s))
+        reply_s=max(1.0, lease_s / 3), ids=ids, epochs=epochs, owner=owner, lease=float(lease_s))
     return {r["id"]: r["state"] for r in rows}
 
 @patch
@@ -292,7 +292,7 @@ def decide(self: Journal, job: str, key: str, approved: bool, by: str = "", comm
         job=job, key=key, approved=approved, by=mended(by), comment=mended(comment))
     now = self.approval(job, key)
     if now is None:
-        raise NotFound(f"Job {job} asks nothing at step {key!r}.", f"`myspinbot show {job}` says what it waits for.")
+        raise NotFound(f"Job {job} asks nothing at step {key!r:.80}.", f"`myspinbot show {job}` says what it waits for.")
     if now["approved"] != approved:
         raise Conflict(f"Step {key} of job {job} was already {'approved' if now['approved'] else 'refused'} "
                        f"by {now['by'] or 'somebody'}.")

@@ -6,7 +6,7 @@
 __all__ = ['Kernel', 'KernelPool']
 
 # %% ../nbs/21_kernels.ipynb #65d2f5b1
-import contextlib, json, re, secrets, signal, threading, time
+import contextlib, hmac, json, re, secrets, signal, threading, time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class Kernel:
     ):
         from jupyter_client.session import Session
         self.id, self.launcher, self.name = secrets.token_hex(4), launcher, name
-        self.family, self.runs, self.begun = "", 0, ""
+        self.family, self.runs, self.due = "", 0, {}
         self.python, self.key, began = name == "python3", secrets.token_hex(16), time.monotonic()
         self.sources, self.started_ns = [], time.time_ns()  # files of the package that it imported
         self.base = launcher.folder / self.id
@@ -122,20 +122,27 @@ def _messages(self: Kernel, wait_s: float) -> list[tuple[str, dict[str, Any]]]:
     ready = dict(self.poller.poll(wait_s * 1000))
     for channel in ("iopub", "shell"):
         s = self.sockets[channel]
-        while s in ready and len(found) < 1000:
-            try: found.append((channel, self.session.recv(s, zmq.NOBLOCK)[1]))
-            except ValueError: continue  # not signed with this kernel's key
-            if found[-1][1] is None:
-                found.pop()
-                break
+        with contextlib.suppress(zmq.Again):
+            while s in ready and len(found) < 1000:
+                if message := self._opened(s.recv_multipart(zmq.NOBLOCK)): found.append((channel, message))
     return found
+
+@patch
+def _opened(self: Kernel, frames: list[bytes]) -> dict[str, Any] | None:
+    "A message; None: not signed with this kernel's key. `Session.recv` would parse dates, which costs more than the rest."
+    signature, *parts = frames[frames.index(b"<IDS|MSG>") + 1:]
+    if len(parts) < 4 or not hmac.compare_digest(self.session.sign(parts[:4]), signature): return None
+    header, parent, metadata, content = map(self.session.unpack, parts[:4])
+    return dict(header=header, msg_id=header["msg_id"], msg_type=header["msg_type"], parent_header=parent,
+                metadata=metadata, content=content, buffers=parts[4:])
 
 @patch
 def send(self: Kernel, code: str, *, silent: bool = False, expression: str = "") -> str:
     "Send a cell without waiting; its message id."
     content = dict(code=code, silent=silent, store_history=not silent, allow_stdin=False, stop_on_error=True,
                    user_expressions={"spin": expression} if expression else {})
-    return self.session.send(self.sockets["shell"], "execute_request", content)["header"]["msg_id"]
+    due, self.due = self.due, {}
+    return self.session.send(self.sockets["shell"], "execute_request", content, metadata=due)["header"]["msg_id"]
 
 @patch
 def request(self: Kernel,
@@ -156,7 +163,6 @@ def request(self: Kernel,
         now = time.monotonic()
         for channel, message in messages:
             parent = message["parent_header"].get("msg_id")
-            if channel == "shell" and parent == self.begun: self._result("begin", message["content"])
             if parent != sent: continue
             last = now
             if channel == "shell": reply = message["content"]
@@ -181,8 +187,8 @@ def call(self: Kernel, expression: str, timeout_s: float = 20.0) -> Any:
 
 @patch
 def enter(self: Kernel, context: dict[str, Any] | None, cwd: str) -> None:
-    "Prepare a run. It goes ahead of the first cell without waiting, so it costs no round trip of its own."
-    self.begun = self.send("", silent=True, expression=_inside(f"begin({context!r}, {cwd!r})"))
+    "Prepare a run. It goes with the first cell, so it costs no round trip of its own."
+    self.due = dict(spin=dict(context=context, cwd=cwd))
 
 @patch
 def _result(self: Kernel, what: str, reply: dict[str, Any]) -> Any:
@@ -228,12 +234,15 @@ class KernelPool:
         timeout_s: float = 120,  # how long to wait while all kernels are in use
     ) -> Kernel:
         "A kernel to run one notebook; give it back with `release`."
-        fresh, end = fresh or name != "python3", time.monotonic() + timeout_s
+        fresh, began = fresh or name != "python3", time.monotonic()
+        end = began + timeout_s
         while True:
             with self._changed:
                 if self._closed: raise ServiceUnavailable("The kernel pool is closed.")
-                kernel, victim = self._pick(family, fresh, name), None
-                if kernel is None and self._resetting.get(family) and not fresh:
+                resetting = not fresh and self._resetting.get(family)
+                spare = not (resetting and time.monotonic() < began + 1)  # a warm one in a moment is better
+                kernel, victim = self._pick(family, fresh, name, spare), None
+                if kernel is None and resetting:
                     self._changed.wait(0.05)
                     continue
                 if kernel is None and self._total() >= self.max_kernels: victim = self._victim()
@@ -256,14 +265,14 @@ class KernelPool:
     def _total(self) -> int: return len(self._idle) + len(self._spares) + self._used
     def _usable(self, kernel: Kernel) -> bool: return kernel.alive() and kernel.current()
 
-    def _pick(self, family: str, fresh: bool, name: str) -> Kernel | None:
-        "Take a fitting kernel out of the waiting ones."
+    def _pick(self, family: str, fresh: bool, name: str, spare: bool) -> Kernel | None:
+        "Take a fitting kernel out of the waiting ones, if need be a spare one."
         if not fresh:
             for k in reversed(self._idle):
                 if k.family == family:
                     self._idle.remove(k)
                     return k
-        return self._spares.pop() if self._spares and name == "python3" else None
+        return self._spares.pop() if spare and self._spares and name == "python3" else None
 
     def _victim(self) -> Kernel | None:
         if self._idle: return self._idle.pop(0)

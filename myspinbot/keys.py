@@ -80,10 +80,10 @@ return {made, out}
 
 # %% ../nbs/10_keys.ipynb #4058a1d6
 FINISH = """
-local done = 0
+local done = {}
 for i, stream in ipairs(KEYS) do
   local id, hint = ARGV[2 * i + 1], ARGV[2 * i + 2]
-  done = done + redis.call('XACK', stream, ARGV[1], id)
+  done[i] = redis.call('XACK', stream, ARGV[1], id)
   redis.call('XDEL', stream, id)
   if hint ~= '' then redis.call('PUBLISH', ARGV[2], hint) end
 end
@@ -112,7 +112,11 @@ BURY = HELD + """
 if not held(KEYS[1], ARGV[1], ARGV[2], ARGV[3]) then return false end
 local e = redis.call('XRANGE', KEYS[1], ARGV[2], ARGV[2])
 local f = {'stream', KEYS[1], 'id', ARGV[2], 'consumer', ARGV[3], 'reason', ARGV[4]}
-for i, v in ipairs(e[1] and e[1][2] or {}) do f[#f + 1] = (i % 2 == 1) and ('raw:' .. v) or v end
+for i, v in ipairs(e[1] and e[1][2] or {}) do
+  if i > 32 then break end
+  if #v > 4096 then v = string.sub(v, 1, 4096) .. '... [' .. #v .. ' bytes]' end
+  f[#f + 1] = (i % 2 == 1) and ('raw:' .. v) or v
+end
 local id = redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[5], '*', unpack(f))
 redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
 redis.call('XDEL', KEYS[1], ARGV[2])

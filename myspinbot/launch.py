@@ -7,6 +7,7 @@ __all__ = ['serve', 'kill_group', 'Launcher', 'source_stamp', 'mtime_ns', 'prepa
 
 # %% ../nbs/21_launch.ipynb #962ad2d5
 import contextlib, gc, json, os, select, shutil, signal, socket, subprocess, sys, tempfile, threading, time
+from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
@@ -21,6 +22,7 @@ def serve(
     "Main function of the launcher process."
     _preload()
     _send_at_once()
+    app = _kernel_app()
     owner, kernels, buffer = socket.socket(fileno=fd), set(), b""
     wake, woken = socket.socketpair()
     woken.setblocking(False)
@@ -38,7 +40,7 @@ def serve(
             *lines, buffer = (buffer + data).split(b"\n")
             for line in lines:
                 request = json.loads(line)
-                if not (pid := os.fork()): _become_kernel(request, [owner, wake, woken])
+                if not (pid := os.fork()): _become_kernel(app, request, [owner, wake, woken])
                 kernels.add(pid)
                 owner.sendall(json.dumps(dict(pid=pid)).encode() + b"\n")
     except OSError as e: print(f"launcher: {e}", file=sys.stderr)
@@ -57,14 +59,6 @@ def _preload() -> None:
     for o in ("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "IPython.core.completerlib", "pstats",
               "IPython.core.debugger", "IPython.core.oinspect", "IPython.extensions.storemagic", "pdb", "faulthandler",
               "tornado.platform.asyncio", "myspinbot.step"): import_module(o)
-
-def _send_at_once() -> None:
-    "Let ipykernel's flush return after the send and not before: else what a cell prints before it crashes is lost."
-    from ipykernel.iostream import IOPubThread
-    scheduled = IOPubThread.send_multipart
-    def send(self: IOPubThread, *args: Any, **kw: Any) -> None:
-        (self._really_send if threading.current_thread() is self.thread else scheduled.__get__(self))(*args, **kw)
-    IOPubThread.send_multipart = send
 
 def kill_group(pid: int, sig: int = signal.SIGKILL) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(pid, sig)
@@ -89,7 +83,7 @@ def _die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent: os._exit(1)
 
-def _become_kernel(request: dict[str, Any], sockets: list[socket.socket]) -> None:
+def _become_kernel(app: Any, request: dict[str, Any], sockets: list[socket.socket]) -> None:
     "In the forked child: never returns."
     parent = os.getppid()
     try:
@@ -105,14 +99,66 @@ def _become_kernel(request: dict[str, Any], sockets: list[socket.socket]) -> Non
         os.chdir(request["cwd"])
         if request["argv"]: os.execvpe(request["argv"][0], request["argv"], {**os.environ, **request["env"]})
         sys.argv = ["ipykernel_launcher"]
-        from ipykernel.kernelapp import IPKernelApp
-        IPKernelApp.launch_instance(argv=["-f", request["connection"], "--quiet", "--HistoryManager.enabled=False",
-                                          "--IPythonKernel._execute_sleep=0"])
+        app.launch_instance(argv=["-f", request["connection"], "--quiet", "--HistoryManager.enabled=False",
+                                  "--IPythonKernel._execute_sleep=0"])
         os._exit(0)
     except BaseException:
         import traceback
         traceback.print_exc()
         os._exit(1)
+
+# %% ../nbs/21_launch.ipynb #720681dd
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    "Hold back an interrupt: one in the middle of a send would leave half a message on the socket."
+    main, came = threading.current_thread() is threading.main_thread(), []
+    if not main or (before := signal.getsignal(signal.SIGINT)) is None:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
+    if came: signal.raise_signal(signal.SIGINT)
+
+def _send_at_once() -> None:
+    "Let the thread that makes output send it."
+    from ipykernel.iostream import IOPubThread, OutStream
+    lock = threading.Lock()
+    def send(self: IOPubThread, *args: Any, **kw: Any) -> None:
+        if not self._is_master_process(): return self._really_send(*args, **kw)  # a child has a pipe of its own
+        with _undisturbed(), lock: self._really_send(*args, **kw)
+    def flush(self: OutStream) -> None:
+        with _undisturbed(): self._flush()
+    IOPubThread.send_multipart, OutStream.flush = send, flush
+    IOPubThread._setup_xpub_listener = lambda self: None  # nothing but `send` may touch the socket
+
+def _kernel_app() -> type:
+    "ipykernel's application and kernel, with our ways."
+    from ipykernel.ipkernel import IPythonKernel
+    from ipykernel.kernelapp import IPKernelApp
+    from traitlets import Type
+    class Kernel(IPythonKernel):
+        def init_metadata(self, parent: dict[str, Any]) -> dict[str, Any]:
+            if due := parent["metadata"].get("spin"): _begin_or_end(**due)
+            return super().init_metadata(parent)
+        def _publish_status(self, status: str, *args: Any, **kw: Any) -> None:
+            if status != "busy": super()._publish_status(status, *args, **kw)  # nobody waits for that one
+    class App(IPKernelApp):
+        kernel_class = Type(Kernel, IPythonKernel)
+        def init_control(self, context: Any) -> None:
+            super().init_control(context)
+            self.shell_channel_thread.io_loop.close()
+            self.shell_channel_thread = None
+    return App
+
+def _begin_or_end(**due: Any) -> None:
+    "A kernel that cannot begin is of no use: its owner finds the reason in its log."
+    try: begin(**due)
+    except Exception:
+        import traceback
+        traceback.print_exc(file=sys.__stderr__)
+        os._exit(1)
+
 
 # %% ../nbs/21_launch.ipynb #19ba4793
 class Launcher:
@@ -195,6 +241,7 @@ def prepare() -> bool:
     from IPython import get_ipython
     if "log" in _baseline: faulthandler.enable(file=_baseline["log"])  # ipykernel's own goes down with its pipe
     ip = get_ipython()
+    ip.kernel.log.setLevel(logging.CRITICAL)  # as its handler is: else each message makes records for nobody
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     _baseline.update(cwd=os.getcwd(), env=dict(os.environ), path=list(sys.path), argv=list(sys.argv),
         stdout=sys.stdout, stderr=sys.stderr, hook=sys.displayhook, warnings=list(warnings.filters),
@@ -203,12 +250,11 @@ def prepare() -> bool:
         callbacks={k: list(v) for k, v in ip.events.callbacks.items()}, modules=set(sys.modules))
     return True
 
-def begin(context: dict[str, Any] | None, cwd: str | None) -> bool:
+def begin(context: dict[str, Any] | None, cwd: str | None) -> None:
     "Before the first cell of a run."
     from myspinbot.step import enter
     if cwd: os.chdir(cwd)
     enter(context)
-    return True
 
 def reset() -> dict[str, Any]:
     "Back to the baseline; `left` names what could not be undone, `mb` is the resident size."
@@ -224,6 +270,8 @@ def reset() -> dict[str, Any]:
     ip.ast_transformers[:] = _baseline["transformers"]
     for k, v in _baseline["callbacks"].items(): ip.events.callbacks[k][:] = v
     ip.compile._filename_map.clear()
+    for o in (ip.history_manager.db_input_cache, ip.history_manager.db_output_cache, ip.kernel.session.digest_history):
+        o.clear()  # they would keep every cell's source, and grow
     left = [k for k in ip.user_ns if k == "_spin_canary" or (not k.startswith("_") and k not in ip.user_ns_hidden)]
     left += [f"thread {t.name}" for t in threading.enumerate() if not t.daemon and t not in _baseline["threads"]]
     left += [f"process {pid}" for pid in _children()]

@@ -126,7 +126,7 @@ def run(self: Connections,
     reply_s: float | None = None,  # for work that takes long
 ) -> T:
     "Call `fn`; raises `ServiceUnavailable` when PostgreSQL does not answer."
-    from psycopg import InterfaceError, OperationalError
+    from psycopg import DataError, InterfaceError, OperationalError
     from psycopg.errors import ReadOnlySqlTransaction
     for left in (2, 1, 0):
         try:
@@ -135,4 +135,7 @@ def run(self: Connections,
             broken = e.sqlstate is None or e.sqlstate in BROKEN
             if broken: self.clear()
             if not left or not (broken or e.sqlstate in CLASH): raise self.unavailable(e) from e
+        except (DataError, UnicodeEncodeError) as e:
+            raise InputError(f"PostgreSQL cannot take a value: {str(e).splitlines()[0]}.",
+                             "Remove NUL and broken characters; give numbers of ordinary size.") from e
     raise AssertionError("not reached")

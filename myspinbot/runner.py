@@ -20,7 +20,7 @@ from .core import Cancelled, ConfigError, Settings, SpinError, as_spin_error, ca
 from .executor import Executor, RunContext
 from .check import resolve_params, store_files, validate_graph
 from .plan import Plan, Result, Task, input_hash, job_error, outputs
-from .schema import Artifact, Event, Graph, Job, StepRow, StepSpec, dump_value, parse_value
+from .schema import Artifact, Event, Graph, Job, StepRow, StepSpec, dump_value, revive
 
 # %% ../nbs/25_runner.ipynb #3416c811
 Execute = Callable[[Task], Awaitable[Result]]
@@ -140,7 +140,7 @@ class LocalRunner:
         "The row of an earlier success with this input hash whose artifacts are all still there."
         try: row = StepRow.model_validate_json(self._cache_file(h).read_bytes())
         except (FileNotFoundError, ValueError): return None
-        row = row.model_copy(update=dict(outputs=parse_value(row.outputs)))
+        row = row.model_copy(update=dict(outputs=revive(row.outputs)))
         return row if all(self.store.exists(a.sha256) for a in artifacts_in(row.outputs)) else None
 
     def remember(self, row: StepRow) -> None:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from .core import ConfigError, InputError
-from .schema import Artifact, Event, Graph, Job, StepRow, dump_value, parse_value
+from .schema import Artifact, Event, Graph, Job, StepRow, dump_value, revive
 
 # %% ../nbs/14_tables.ipynb #47326000
 _JOBS = """
@@ -186,14 +186,14 @@ def job_of(
     row: dict[str, Any],  # columns of `job`, with the graph's text as `body`
 ) -> Job:
     "A row as `Job`."
-    d = {k: row[k] for k in JOB_COLUMNS} | dict(priority=PRIORITIES[row["priority"]], params=parse_value(row["params"]),
-                                                outputs=parse_value(row["outputs"]))
+    d = {k: row[k] for k in JOB_COLUMNS} | dict(priority=PRIORITIES[row["priority"]], params=revive(row["params"]),
+                                                outputs=revive(row["outputs"]))
     return Job(graph=parse_graph(row["graph"], row["body"]), **d)
 
 def step_of(row: dict[str, Any]) -> StepRow:
     "A row as `StepRow`."
     d = {k: row[k] for k in STEP_COLUMNS} | dict(priority=PRIORITIES[row["priority"]],
-                                                 inputs=parse_value(row["inputs"]), outputs=parse_value(row["outputs"]))
+                                                 inputs=revive(row["inputs"]), outputs=revive(row["outputs"]))
     if d["notebook"]: d["notebook"] = Artifact.model_validate(d["notebook"])
     return StepRow(**d)
 

@@ -55,7 +55,7 @@ class Worker:
         self.given_up = threading.Event()     # told to stop, and servers do not come back
 
     def tell(self, job: str, kind: str, key: str, **body: Any) -> None:
-        "A live event; decoration, so nobody waits for it."
+        "A live event; decoration, so nobody waits for Redis here, and one that is away is no error."
         self.events.post(Event(job=job, kind=kind, key=key, body=body, at=time.time()))
 
     def forward(self, e: Event) -> None:
@@ -121,6 +121,7 @@ def settle(self: Worker, run: Running, r: StepResult) -> None:
         if run.stop == "draining" and self.insist(self.journal.release_step, row.job, row.key, row.attempt):
             self.republish(row)
         return self.insist(self.bridge.finish, entry, None)
+    self.events.flush(1.0)  # what the run said is there when its end is seen
     status = self.write(row, r)
     log.info("step ended", job=row.job, key=row.key, status=status, attempt=row.attempt,
         error=str(r.error) if r.error else None)

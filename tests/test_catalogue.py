@@ -109,7 +109,7 @@ def test_other_language_and_no_notebook_at_all(tmp_path: Path) -> None:
     (tmp_path / "half.ipynb").write_text('{"cells": [')
     with pytest.raises(NotebookError, match="is no notebook"): load_step(tmp_path / "half.ipynb")
     (tmp_path / "old.ipynb").write_text('{"nbformat": 3, "worksheets": []}')
-    with pytest.raises(NotebookError, match="format 4"): load_step(tmp_path / "old.ipynb")
+    with pytest.raises(NotebookError, match="format 3, not 4"): load_step(tmp_path / "old.ipynb")
     with pytest.raises(NotFound, match="No notebook"): load_step(tmp_path / "gone.ipynb")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from myspinbot.artifacts import LocalStore
 from myspinbot.catalogue import Catalogue
-from myspinbot.core import Cancelled, InputError, KernelDied, NotFound, ServiceUnavailable, StepFailed
+from myspinbot.core import Cancelled, GateFailed, InputError, KernelDied, NotFound, ServiceUnavailable, StepFailed
 from myspinbot.executor import Executor, RunContext, StepResult
 from myspinbot.kernels import KernelPool
 from myspinbot.schema import Artifact, Event
@@ -109,7 +109,7 @@ def test_flood_of_log_lines_is_thinned_out_and_the_notebook_has_them_all(executo
     ("toy.sys_exit", {}, StepFailed, "SystemExit"),
     ("toy.forgets", {}, StepFailed, "did not publish image"),
     ("toy.mislabels", {}, StepFailed, "declared image/png, but 'a.mp4' is"),
-    ("toy.toy", dict(source="/no/such/file.json"), InputError, "No such file"),
+    ("toy.raises_gate", {}, GateFailed, "Score 0.31 is below 0.5"),
 ])
 def test_failure_keeps_its_reason_and_the_executed_notebook(run, step: str, inputs: dict, kind: type, said: str):
     r = run(step, inputs)
@@ -121,6 +121,8 @@ def test_failure_keeps_its_reason_and_the_executed_notebook(run, step: str, inpu
 def test_unknown_input_and_lost_artifact_fail_before_anything_runs(run):
     r = run("toy.toy", dict(shde=1))
     assert type(r.error) is InputError and "Did you mean shade?" in str(r.error) and r.notebook is None
+    r = run("toy.toy", dict(source="/etc/hostname"))  # what is there on a worker's disk is no input of a job
+    assert type(r.error) is InputError and "source takes Data, but got the path '/etc/hostname'" in str(r.error)
     gone = Artifact(sha256="0" * 64, size=1, media_type="application/json", name="gone.json")
     assert type(run("toy.toy", dict(source=gone)).error) is NotFound
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image as Picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -184,7 +185,6 @@ def node(id: str, step: str = "gt.say", **fields: Any) -> Node:
     (doc(node("a", when=Condition(ref=ParamRef(name="t")))), "There is no parameter 't'"),
     (doc(node("a"), outputs={"v": PortRef(node="a", port="video")}), "Output 'v': a (gt.say) has no output 'video'"),
     (doc(node("a"), params=(Port(name="x"), Port(name="x"))), "'x' is declared twice"),
-    (doc(node("a"), params=(Port(name="x", type="Picture"),)), "Parameter x: Unknown type 'Picture'"),
     (doc(node("a", each=("speed",))), "maps over 'speed', which is not among its inputs"),
     (doc(node("a", after=("c",)), node("b", after=("a",)), node("c", after=("b",)), node("d")),
      "a cycle: a -> b -> c -> a"),
@@ -240,7 +240,7 @@ def test_parameters_are_filled_and_typed() -> None:
     ({"face": ""}, "g needs face"),
     ({"face": "a", "m": 1}, "g has no parameter 'm'. Valid parameters: face, free, n, tags, x."),
     ({"face": "a", "n": "3"}, "n takes int, but got '3' (str)"),
-    ({"face": "a", "n": None}, "n takes int, but got None"),
+    ({"face": "a", "n": None}, "n takes int, but got nothing (null)"),
     ({"face": "a", "tags": ["a", 1]}, "tags takes list[str]"),
     ({"face": FACE.model_copy(update=dict(media_type="audio/wav"))}, "face takes Image"),
 ])
@@ -260,7 +260,7 @@ def test_parameters_from_text() -> None:
 
 
 def test_files_go_to_the_store_once_and_artifacts_take_their_place(p: Pipeline, cat: Catalogue, tmp_path: Path) -> None:
-    for n in ("a", "b"): (tmp_path / f"{n}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + n.encode())
+    for n, colour in dict(a="red", b="blue").items(): Picture.new("RGB", (4, 4), colour).save(tmp_path / f"{n}.png")
     a, b = str(tmp_path / "a.png"), str(tmp_path / "b.png")
     p.param("faces", list[Image])
     p.step("gt.read", image=a, hint=a)

@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from myspinbot.attempts import step_params
 from myspinbot.core import ConfigError, Conflict, FenceLost, InputError, NotFound, ServiceUnavailable
 from myspinbot.embedded import Embedded
-from myspinbot.journal import Journal
+from myspinbot.journal import Journal, end_params
 from myspinbot.pg import Connections
 from myspinbot.schema import JOB_END, Artifact, Graph, Job, Node, ParamRef, Port, StepRow
 from myspinbot.tables import MIGRATIONS, bad_text, mended, migrate, to_pg
@@ -341,6 +342,51 @@ def test_control_step_has_no_lease_and_counts_its_runs(journal, job):
     assert journal.record_step(job.id, other.epoch, run).status == "succeeded"  # an ended row is left alone
 
 
+def test_steps_of_many_jobs_go_in_one_statement_each_under_its_own_fence(journal):
+    for i in range(3): journal.submit(GRAPH, {"i": i})
+    a, b, c = journal.lease_jobs("conductor", 60, 3)
+    journal.record_step(a.id, a.epoch, row(a, "done", status="succeeded", outputs={"v": 1}))
+    journal.cancel_job(b.id)
+    given = [(a, "done", a.epoch), (b, "say", b.epoch), (c, "say[10]", c.epoch), (c, "say[9]", c.epoch), (c, "x", 99)]
+    got = journal.record_steps([step_params(row(j, key, status="running", attempt=1), epoch) for j, key, epoch in given])
+    assert [o if isinstance(o, str) else type(o) for o in got] == ["succeeded", FenceLost, "running", "running", FenceLost]
+    assert journal.step(a.id, "done").outputs == {"v": 1} and journal.steps(b.id) == []
+    assert [r.key for r in journal.steps(c.id)] == ["say[10]", "say[9]"]  # in the order in which they came
+    queued = journal.queue_steps([step_params(row(c, "q"), c.epoch), step_params(row(b, "q"), b.epoch)])
+    assert queued[0] == journal.step(c.id, "q") and queued[0].status == "queued" and isinstance(queued[1], FenceLost)
+    assert journal.record_steps([]) == [] == journal.queue_steps([])
+
+
+def test_many_jobs_end_together_and_each_by_its_own_conductor(journal):
+    for i in range(3): journal.submit(GRAPH, {"i": i})
+    a, b, c = journal.lease_jobs("conductor", 60, 3)
+    for j in (a, b, c): journal.queue_step(j.id, j.epoch, row(j))
+    journal.cancel_job(b.id)
+    ends = [end_params(a.id, a.epoch, "succeeded", {"v": ART}), end_params(b.id, b.epoch, "succeeded"),
+            end_params(c.id, c.epoch, "failed", error={"message": "x"})]
+    for _ in range(2): assert journal.finish_jobs(ends) == [True, False, True]  # the same after a lost answer
+    assert [journal.job(j.id).status for j in (a, b, c)] == ["succeeded", "cancelled", "failed"]
+    assert journal.job(a.id).outputs == {"v": ART} and journal.job(c.id).error == {"message": "x"}
+    assert {s.status for j in (a, b, c) for s in journal.steps(j.id)} == {"cancelled"}
+
+
+def test_earlier_results_are_found_for_many_hashes_at_once(journal, job):
+    for key, h in (("a", "h1"), ("b", "h1"), ("c", "h2"), ("d", "")):
+        journal.record_step(job.id, job.epoch, row(job, key, status="succeeded", input_hash=h, outputs={"key": key}))
+    found = journal.find_cached_many(["h1", "h2", "h3", ""])
+    assert {h: r.outputs["key"] for h, r in found.items()} == {"h1": "b", "h2": "c"}
+
+
+def test_queued_steps_come_in_pages_that_leave_none_out(journal, job):
+    rows = journal.queue_steps([step_params(row(job, f"say[{i}]"), job.epoch) for i in range(25)])  # all of one moment
+    journal.mark_published([(r.job, r.key, f"{i}-0") for i, r in enumerate(rows)])
+    seen, last = [], None
+    while page := journal.queued_steps(last, 10):
+        seen += [o.key for o in page]
+        last = page[-1]
+    assert seen == [r.key for r in rows]
+
+
 # --- streams
 
 def test_rows_are_published_once_marked_and_found_when_their_entry_is_gone(journal, job):
@@ -501,7 +547,7 @@ def test_wrong_address_and_password_say_so_and_keep_the_secret(postgres_url):
 def test_forked_child_uses_its_own_connections(journal, job):
     code = """
 import os, sys
-from myspinbot.journal import Journal
+from myspinbot.journal import Journal, end_params
 j = Journal(sys.argv[1])
 j.stats()
 pid = os.fork()

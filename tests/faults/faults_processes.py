@@ -227,10 +227,11 @@ def rolling(times: int) -> Any:
             w.at_work(jobs[0], "s0")
             time.sleep(rng.uniform(0.0, 0.5))
             at = time.time()
-            w.procs[f"w{k}"].terminate()
-            w.start(f"w{k + 1}")
+            old = w.procs.pop(f"w{k}")
+            old.terminate()
             w.report.kills += 1
-            w.stop(f"w{k}")
+            w.start(f"w{k + 1}")
+            assert (code := old.wait(60)) == 0, f"w{k} ended with {code}"
             w.quiet()
             w.report.recovery_s += takeovers(w, at)
         lost = w.client.journal.row("SELECT sum(lost) AS n FROM step")["n"]

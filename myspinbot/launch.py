@@ -179,6 +179,9 @@ def _kernel_app() -> type:
             super().init_control(context)
             self.shell_channel_thread.io_loop.close()
             self.shell_channel_thread = None
+        def init_kernel(self) -> None:
+            super().init_kernel()
+            self.log.setLevel("CRITICAL")  # as its handler is: else each message makes records for nobody
     return App
 
 def _begin_or_end(**due: Any) -> None:
@@ -276,7 +279,6 @@ def prepare() -> bool:
     ip = get_ipython()
     _keep_exits()
     ip.events.register("post_execute", _settle)
-    ip.kernel.log.setLevel(logging.CRITICAL)  # as its handler is: else each message makes records for nobody
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     _baseline.update(cwd=os.getcwd(), env=dict(os.environ), path=list(sys.path), argv=list(sys.argv),
         stdout=sys.stdout, stderr=sys.stderr, hook=sys.displayhook, warnings=list(warnings.filters),

@@ -780,6 +780,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'myspinbot.kernels.Kernel.request': ('kernels.html#kernel.request', 'myspinbot/kernels.py'),
                                    'myspinbot.kernels.Kernel.send': ('kernels.html#kernel.send', 'myspinbot/kernels.py'),
                                    'myspinbot.kernels.Kernel.terminate': ('kernels.html#kernel.terminate', 'myspinbot/kernels.py'),
+                                   'myspinbot.kernels.Kernel.trim_log': ('kernels.html#kernel.trim_log', 'myspinbot/kernels.py'),
                                    'myspinbot.kernels.KernelPool': ('kernels.html#kernelpool', 'myspinbot/kernels.py'),
                                    'myspinbot.kernels.KernelPool.__enter__': ('kernels.html#kernelpool.__enter__', 'myspinbot/kernels.py'),
                                    'myspinbot.kernels.KernelPool.__exit__': ('kernels.html#kernelpool.__exit__', 'myspinbot/kernels.py'),

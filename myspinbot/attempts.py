@@ -198,7 +198,7 @@ def claim_step(self: Attempts,
 def renew_steps(self: Attempts,
     held: Iterable[tuple[str, str, int]],  # job, key, attempt
     lease_s: float,
-) -> dict[tuple[str, str], str]:           # ok, lost or cancelled
+) -> dict[tuple[str, str, int], str]:      # ok, lost or cancelled
     "Prolong the leases of attempts and hear which must stop."
     if not (held := sorted(held)): return {}
     jobs, keys, attempts = (list(o) for o in zip(*held, strict=True))
@@ -207,12 +207,12 @@ def renew_steps(self: Attempts,
         mine AS (SELECT step.job, step.key FROM step JOIN w USING (job, key, attempt) WHERE status = 'running'
           ORDER BY job, key FOR UPDATE OF step),
         u AS (UPDATE step SET lease_until = {LEASE} FROM mine
-          WHERE step.job = mine.job AND step.key = mine.key RETURNING step.job, step.key)
-        SELECT w.job, w.key, CASE WHEN u.job IS NOT NULL THEN 'ok' WHEN step.status = 'cancelled' THEN 'cancelled'
+          WHERE step.job = mine.job AND step.key = mine.key RETURNING step.job, step.key, attempt)
+        SELECT w.*, CASE WHEN u.job IS NOT NULL THEN 'ok' WHEN step.status = 'cancelled' THEN 'cancelled'
           ELSE 'lost' END AS state
-        FROM w LEFT JOIN u USING (job, key) LEFT JOIN step USING (job, key)""",
+        FROM w LEFT JOIN u USING (job, key, attempt) LEFT JOIN step USING (job, key)""",
         reply_s=max(1.0, lease_s / 3), jobs=jobs, keys=keys, attempts=attempts, lease=float(lease_s))
-    return {(r["job"], r["key"]): r["state"] for r in rows}
+    return {(r["job"], r["key"], r["attempt"]): r["state"] for r in rows}
 
 # %% ../nbs/14_attempts.ipynb #6aedb73d
 ATTEMPT = "WHERE job = %(job)s AND key = %(key)s AND attempt = %(attempt)s"
@@ -321,9 +321,9 @@ def unpublished(self: Attempts,
     older_s: float = 1.0,  # younger ones are being published by whoever queued them
     limit: int = 1000,
 ) -> list[Place]:
-    "Queued steps that are on no stream, oldest first."
-    return self.places("entry_id IS NULL AND queued_at <= clock_timestamp() - %(older)s * interval '1 s'", limit,
-                       older=float(older_s))
+    "Queued steps that are on no stream, oldest first; those from before the clock was set back, too."
+    return self.places("""entry_id IS NULL AND NOT queued_at BETWEEN clock_timestamp() - %(older)s * interval '1 s'
+        AND clock_timestamp()""", limit, older=float(older_s))
 
 @patch
 def queued_steps(self: Attempts,

@@ -339,6 +339,20 @@ def dead_letter(self: Bridge,
     return id.decode() if id else None
 
 @patch
+def bury(self: Bridge,
+    stream: str,           # where it would have stood
+    message: StepMessage,
+    reason: str,           # for a person
+) -> str:  # id on the dead stream
+    "Leave a dead letter for a step that is on no stream any more."
+    fields = _letter("0-0", stream, "", reason) | {b"raw:" + BODY: message.model_dump_json().encode()}
+    with self._errors("bury"): return self._redis.xadd(DEAD, fields, maxlen=DEAD_MAXLEN, approximate=True).decode()
+
+def _letter(id: str, stream: str, consumer: str, reason: str) -> dict[bytes, bytes]:
+    head = dict(id=id, stream=stream, consumer=consumer, reason=reason[:2000])
+    return {k.encode(): v.encode("utf-8", "replace") for k, v in head.items()}
+
+@patch
 def dead_letters(self: Bridge, limit: int = 100) -> list[dict[str, Any]]:
     "The newest dead letters first: id, stream, consumer, reason, and the raw fields as bytes."
     with self._errors("dead_letters"): rows = self._redis.xrevrange(DEAD, count=limit)
@@ -612,10 +626,15 @@ def dead_letter(self: MemoryBridge, entry: Entry, reason: str) -> str | None:  #
     with self._lock:
         if not self._mine(entry): return None
         raw = self._held[entry.stream].pop(entry.id)[2]
-        head = dict(id=entry.id, stream=entry.stream, consumer=entry.consumer, reason=reason[:2000])
-        fields = {k.encode(): v.encode() for k, v in head.items()} | {b"raw:" + k: v for k, v in raw.items()}
+        fields = _letter(entry.id, entry.stream, entry.consumer, reason) | {b"raw:" + k: v for k, v in raw.items()}
         self._dead.append((f"{next(self._ids)}-0", fields))
         return self._dead[-1][0]
+
+@patch
+def bury(self: MemoryBridge, stream: str, message: StepMessage, reason: str) -> str:  # noqa: F811
+    fields = _letter("0-0", stream, "", reason) | {b"raw:" + BODY: message.model_dump_json().encode()}
+    with self._lock: self._dead.append((f"{next(self._ids)}-0", fields))
+    return self._dead[-1][0]
 
 @patch
 def dead_letters(self: MemoryBridge, limit: int = 100) -> list[dict[str, Any]]:  # noqa: F811

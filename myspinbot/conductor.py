@@ -331,7 +331,9 @@ def reconcile(self: Conductor) -> int:  # rows published again
     for row in self.journal.poisoned():
         e = StepFailed(f"Step {row.key} ({row.step}) took {row.lost} workers with it.",
             "Look at its log and at the workers' memory; then retry the job.", lost=row.lost)
-        self.journal.fail_queued(row.job, row.key, e.to_dict())
+        if self.journal.fail_queued(row.job, row.key, e.to_dict()) is None: continue
+        message = StepMessage(job=row.job, key=row.key)
+        self.bridge.bury(work_stream(row.queue, row.priority), message, f"Step {row.key} of {row.job} ({row.step}): {e}")
         self.bridge.publish_done(row.job, row.key)
     while self.vanished(): pass
     published = 0

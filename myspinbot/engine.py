@@ -15,7 +15,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .core import Cancelled, InputError, KernelDied, NotFound, SpinError, StepFailed, StepTimeout, error_from_dict
+from myspinbot.core import (
+    Cancelled,
+    InputError,
+    KernelDied,
+    NotFound,
+    ResourceLimit,
+    ServiceUnavailable,
+    SpinError,
+    StepFailed,
+    StepTimeout,
+    error_from_dict,
+)
 from .kernels import Kernel, KernelPool
 
 # %% ../nbs/22_engine.ipynb #3cea071b
@@ -39,10 +50,12 @@ class Watch:
             self.error, self._stopped = error, now
             k, g = self.kernel, self.grace_s
             self._rungs = [(0.0, k.interrupt), (g, k.terminate), (g * 1.2, k.kill_group)]
+            if isinstance(error, ResourceLimit): self._rungs = [(0.0, k.kill_group)]  # it would take the machine along
         if self.error is not None and self._rungs and now - self._stopped >= self._rungs[0][0]: self._rungs.pop(0)[1]()
 
     def _reason(self, now: float) -> SpinError | None:
         if why := self.should_stop and self.should_stop(): return Cancelled(f"Stopped: {why}.", reason=why)
+        if over := self.kernel.over_limit(): return over
         if self.timeout_s and now - self.began > self.timeout_s:
             fix = "Raise `timeout_s` in its metadata."
             return StepTimeout(f"The notebook ran longer than {self.timeout_s:g} s.", fix, timeout_s=self.timeout_s)
@@ -56,17 +69,18 @@ class Collector:
         kernel: Kernel,
         on_output: Callable[[int, Any], None] | None = None,  # gets cell index and message
         max_mb: float = 20.0,                                 # of outputs in the whole notebook
+        **settings: Any,                                      # of nbclient's, such as `allow_errors`
     ):
         from nbclient import NotebookClient
         self.nb, self.on_output, self.room = nb, on_output, int(max_mb * 2**20)
-        self.client = NotebookClient(nb, km=None)
+        self.client = NotebookClient(nb, km=None, **settings)
         self.client.kc = _Channel(kernel)
         self.max_mb, self._parts = max_mb, []
 
     def start(self, index: int) -> None:
         self.index, self.cell, self._parts = index, self.nb.cells[index], []
         self.cell.outputs, self.client.clear_before_next_output = [], False
-        self.cell.metadata["execution"] = {}
+        if self.client.record_timing: self.cell.metadata["execution"] = {}
 
     def __call__(self, message: dict[str, Any]) -> None:
         "Take one message of the running cell."
@@ -74,9 +88,10 @@ class Collector:
         kind, content, outs = message["msg_type"], message["content"], self.cell.outputs
         if kind in ("stream", "display_data", "execute_result", "update_display_data"):
             if self.room <= 0: return
-            size = len(content.get("text", "")) + sum(len(str(v)) for v in content.get("data", {}).values())
+            text = content.get("text", "")
+            size = len(text) + 12 * text.count("\n") + sum(len(str(v)) for v in content.get("data", {}).values())
             self.room -= size
-            if self.room <= 0: message = self._cut_off(message, content.get("text", "")[:size + self.room])
+            if self.room <= 0: message = self._cut_off(message, text[:max(0, size + self.room)])
             kind, content = message["msg_type"], message["content"]
         joins = kind == "stream" and outs and outs[-1].get("name") == content["name"] and not self._redirected(message)
         if joins: self._parts.append(content["text"])
@@ -100,7 +115,21 @@ class Collector:
         if self._parts: self.cell.outputs[-1]["text"] += "".join(self._parts)
         self._parts = []
         if self.cell.outputs and self.cell.outputs[-1].get("output_type") == "stream":
-            self.cell.outputs[-1]["text"] = re.sub(r"[^\n]*\r(?=[^\n\r])", "", self.cell.outputs[-1]["text"])
+            self.cell.outputs[-1]["text"] = _overwritten(self.cell.outputs[-1]["text"])
+
+    def allows(self, tags: list[str], ename: str | None) -> bool:
+        "May the cell fail?"
+        c = self.client
+        allowed = c.allow_errors or "raises-exception" in tags or ename in c.allow_error_names
+        return allowed and not c.force_raise_errors
+
+def _overwritten(text: str) -> str:
+    "Of each line what a terminal would show after its carriage returns; not a regular expression: lines may be huge."
+    if "\r" not in text: return text
+    def last(line: str) -> str:
+        body = line.rstrip("\r")
+        return body[body.rfind("\r") + 1:] + line[len(body):]
+    return "\n".join(map(last, text.split("\n")))
 
 class _Channel:
     "What nbclient's widgets need of a kernel client."
@@ -152,14 +181,16 @@ def run_cell(
     cell, meta, began, error = nb.cells[index], nb.cells[index].metadata.papermill, time.monotonic(), None
     meta.update(start_time=_now(), status="running", exception=False)
     tags = cell.metadata.get("tags", [])
-    if cell.cell_type == "code" and cell.source.strip() and "skip-execution" not in tags:
+    if cell.cell_type == "code" and cell.source.strip() and collect.client.skip_cells_with_tag not in tags:
         collect.start(index)
-        try: reply = kernel.request(cell.source, on_message=collect, watch=watch)
+        stop = not collect.allows(tags, None)
+        try: reply = kernel.request(cell.source, on_message=collect, watch=watch, stop_on_error=stop)
         except KernelDied as e: error = watch.error or e
         else:
             cell.execution_count = reply.get("execution_count", cell.execution_count)
-            if watch.error: error = watch.error
-            elif reply["status"] != "ok" and "raises-exception" not in tags: error = _failure(kernel, reply, index)
+            if "execution" in cell.metadata: cell.metadata.execution["shell.execute_reply"] = _now()
+            failed = reply["status"] != "ok" and not collect.allows(tags, reply.get("ename"))
+            error = watch.error or (_failure(kernel, reply, index) if failed else None)
         collect.join()
     meta.update(end_time=_now(), duration=time.monotonic() - began, exception=error is not None)
     meta["status"] = "failed" if error else "completed"
@@ -177,13 +208,15 @@ def run_cells(
         line = dict(index=index, status=meta["status"], seconds=round(meta["duration"], 4))
         if cell.cell_type == "code": cells.append(line)
         if error: break
-    if error:
-        cell = nb.cells[index]
-        if not any(o.output_type == "error" for o in cell.outputs):
-            from nbformat.v4 import new_output
-            said = [str(error), *str(error.fields.get("log", "")).splitlines()]
-            cell.outputs.append(new_output("error", ename=type(error).__name__, evalue=str(error), traceback=said))
+    if error: _show_error(nb.cells[index], error)
     return cells, error
+
+def _show_error(cell: Any, error: SpinError) -> None:
+    "For an error that left no traceback in its cell."
+    from nbformat.v4 import new_output
+    if any(o.output_type == "error" for o in cell.outputs): return
+    said = [str(error), *str(error.fields.get("log", "")).splitlines()]
+    cell.outputs.append(new_output("error", ename=type(error).__name__, evalue=str(error), traceback=said))
 
 def _mark(nb: Any) -> None:
     "Papermill's markers at the top and before the failed cell."
@@ -241,12 +274,15 @@ def save_notebook(nb: Any, path: str | Path) -> None:
     finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/22_engine.ipynb #7fc8bfd3
-@lru_cache(maxsize=1)
 def default_pool() -> KernelPool:
     "This process's own pool, ended with it."
+    return _pool_of(os.getpid())  # not that of a forked process's parent
+
+@lru_cache(maxsize=1)
+def _pool_of(pid: int) -> KernelPool:
     import atexit
     pool = KernelPool(spare=0)
-    atexit.register(pool.close)
+    atexit.register(pool.close, farewell=True)
     return pool
 
 def run_notebook(
@@ -270,9 +306,9 @@ def run_notebook(
     pool = pool or default_pool()
     nb = load_notebook(path, parameters)
     record, began = RunRecord(started=time.time(), notebook=Path(out_path) if out_path else None), time.monotonic()
-    k = pool.acquire(family, kernel == "fresh", nb.metadata.kernelspec.name)
-    record.kernel = dict(id=k.id, family=family, runs=k.runs, warm=k.runs > 1, pid=k.pid)
     folder = str(cwd or (context or {}).get("folder") or os.getcwd())
+    k = pool.acquire(family, kernel == "fresh", nb.metadata.kernelspec.name, cwd=folder, should_stop=should_stop)
+    record.kernel = dict(id=k.id, family=family, runs=k.runs, warm=k.runs > 1, pid=k.pid)
     try:
         if k.python: k.enter(context, folder)
         watch = Watch(k, timeout_s, should_stop, grace_s, tick)
@@ -315,44 +351,129 @@ class SpinEngine:
     def execute_notebook(cls,
         nb: Any,
         kernel_name: str,
-        output_path: str | None = None,
+        output_path: str | None = None,           # None: papermill saves at the end
         progress_bar: bool | dict[str, Any] = True,
         log_output: bool = False,
-        execution_timeout: float | None = None,  # for each cell
-        timeout: float | None = None,
+        autosave_cell_every: int = 30,
+        execution_timeout: float | None = None,   # for each cell
+        start_timeout: float = 60,                # for the kernel
         stdout_file: Any = None,
         stderr_file: Any = None,
-        **kwargs: Any,  # settings of papermill's own engine that have no meaning here
+        input_path: str | None = None,
+        **settings: Any,                          # of papermill's own engine, which are nbclient's
     ) -> Any:
         "Execute the notebook in a kernel of this process's pool."
         from papermill.engines import NotebookExecutionManager
-        manager = NotebookExecutionManager(nb, None, log_output, progress_bar, 0)
-        manager.notebook_start()
+        manager = NotebookExecutionManager(nb, output_path, log_output, progress_bar, autosave_cell_every)
+        saves = _Saves(manager)
         show = _Show(log_output, dict(stdout=stdout_file, stderr=stderr_file))
-        kernel, error = default_pool().acquire("papermill", name=kernel_name), None
+        limit = execution_timeout or settings.pop("timeout", None)
+        manager.notebook_start()
+        saves.now()
+        ended = False
         try:
-            if kernel.python: kernel.enter(None, os.getcwd())
-            collect = Collector(nb, kernel, show)
-            for index, cell in enumerate(nb.cells):
-                manager.cell_start(cell, index)
-                error = run_cell(kernel, nb, index, collect, Watch(kernel, execution_timeout or timeout))
-                if error: manager.cell_exception(cell, index)
-                manager.cell_complete(cell, index)
-                if error: break
-            collect.client.set_widgets_metadata()
-            nb.metadata["language_info"] = kernel.info.get("language_info", {})
+            _execute(manager, kernel_name, show, limit, start_timeout, saves, _known(settings))
+            ended = True
         finally:
-            default_pool().release(kernel, error is None)
+            pending = [] if ended else [c for c in nb.cells if c.metadata.papermill["status"] == manager.PENDING]
+            manager.cleanup_pbar()
             manager.notebook_complete()
-            if output_path: save_notebook(nb, output_path)
-        _raise_as_nbclient(error)
+            for c in pending: c.metadata.papermill["status"] = manager.PENDING
+            if not ended: nb.metadata.papermill["exception"] = True
+            saves.now()
         return nb
 
-def _raise_as_nbclient(error: SpinError | None) -> None:
-    "For the errors that leave no traceback in a cell, by which papermill would notice them."
+# %% ../nbs/22_engine.ipynb #5b2a9c1e
+def _execute(manager: Any, name: str, show: Callable, limit: float | None, start_s: float, saves: Callable,
+             settings: dict[str, Any]) -> None:
+    "Run the cells; raises what papermill would for what leaves no traceback in a cell."
+    from papermill.log import logger
+    nb, kernel, error = manager.nb, _kernel(name, start_s), None
+    logger.info(f"Executing notebook with kernel: {name}")
+    clean = False
+    try:
+        if kernel.python: kernel.enter(None, os.getcwd())
+        collect = Collector(nb, kernel, show, 1e6, **settings)
+        for index, cell in enumerate(nb.cells):
+            manager.cell_start(cell, index)
+            error = run_cell(kernel, nb, index, collect, Watch(kernel, _limit(collect.client, cell, limit), tick=saves))
+            if error: manager.cell_exception(cell, index)
+            if isinstance(error, KernelDied | StepTimeout): _show_error(cell, error)
+            manager.cell_complete(cell, index)
+            if error: break
+        nb.metadata["language_info"] = kernel.info.get("language_info", {})
+        collect.client.set_widgets_metadata()
+        clean = error is None
+    finally: _leave(kernel, clean, error is not None and not isinstance(error, KernelDied | StepTimeout))
+    _raise_as_nbclient(error, nb.cells[index] if error else None)
+
+def _kernel(name: str, start_s: float) -> Kernel:
+    "A kernel of the process's pool; errors are those that papermill's own engine raises."
+    from jupyter_client.kernelspec import NoSuchKernel
+    try: return default_pool().acquire("papermill", name=name, cwd=os.getcwd(), start_s=start_s)
+    except NotFound as e: raise NoSuchKernel(name) from e
+    except KernelDied as e: raise RuntimeError(f"Kernel died before replying to kernel_info: {e}") from e
+    except ServiceUnavailable as e:
+        if "start_s" not in e.fields: raise
+        raise RuntimeError(f"Kernel didn't respond in {start_s:g} seconds") from e
+
+def _limit(client: Any, cell: Any, limit: float | None) -> float | None:
+    limit = client.timeout_func(cell) if client.timeout_func else limit
+    return limit if limit and limit > 0 else None
+
+def _leave(kernel: Kernel, clean: bool, failed: bool) -> None:
+    "Give the kernel back, once the files that the notebook left open are written and its exit handlers have run."
+    if failed and kernel.python:
+        with contextlib.suppress(KernelDied):
+            kernel.call("reset()")
+            kernel.call("farewell()")
+    default_pool().release(kernel, clean, wait=True)
+
+def _raise_as_nbclient(error: SpinError | None, cell: Any) -> None:
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
-    if isinstance(error, KernelDied): raise DeadKernelError(str(error)) from error
-    if isinstance(error, StepTimeout): raise CellTimeoutError(str(error)) from error
+    if isinstance(error, KernelDied): raise DeadKernelError(f"Kernel died: {error}") from error
+    if isinstance(error, StepTimeout):
+        raise CellTimeoutError.error_from_timeout_and_cell("Cell execution timed out", error.fields["timeout_s"],
+                                                           cell) from error
+
+# %% ../nbs/22_engine.ipynb #7e4d1f08
+_SETTINGS = ("allow_errors", "allow_error_names", "force_raise_errors", "skip_cells_with_tag", "record_timing",
+             "store_widget_state", "timeout_func")
+
+def _known(settings: dict[str, Any]) -> dict[str, Any]:
+    "Those of nbclient's settings that this engine has, too."
+    from papermill.log import logger
+    if other := sorted(settings.keys() - {*_SETTINGS}): logger.warning(f"Not used by the engine spin: {', '.join(other)}")
+    return {k: v for k, v in settings.items() if k in _SETTINGS}
+
+class _Saves:
+    "Saves of a notebook in mid-run: each one whole, and at most one a second."
+    def __init__(self, manager: Any):
+        self.manager, self.due, self.last = manager, False, 0.0
+        self.wanted, manager.save = manager.output_path not in (None, "-"), self.soon
+
+    def soon(self, **_: Any) -> None:
+        "Takes the place of papermill's own."
+        self.due = True
+        if time.monotonic() - self.last >= 1: self.now()
+
+    def __call__(self) -> None:
+        "Often, while a cell runs."
+        self.manager.autosave_cell()
+        if self.due: self.soon()
+
+    def now(self) -> None:
+        if self.wanted: _write(self.manager.nb, self.manager.output_path)
+        self.due, self.last, self.manager.last_save_time = False, time.monotonic(), self.manager.now()
+
+def _write(nb: Any, path: str) -> None:
+    "To a local file all or nothing, to anything else as papermill does."
+    from papermill.iorw import LocalHandler, papermill_io, write_ipynb
+    handler = papermill_io.get_handler(path)
+    place = Path(getattr(handler, "_cwd", None) or "", path).resolve()
+    whole = isinstance(handler, LocalHandler) and os.access(place.parent, os.W_OK)
+    if whole and (place.is_file() or not place.exists()): save_notebook(nb, place)
+    else: write_ipynb(nb, path)
 
 class _Show:
     "papermill's --log-output, --stdout-file and --stderr-file."

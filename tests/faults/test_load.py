@@ -172,6 +172,8 @@ def test_every_queued_step_is_published_again_however_many_wait(farm: Callable, 
     row = lambda i: StepRow(job=job.id, key=f"n0[{i}]", node="n0", step="noop.notebook")
     conductor.dispatch_many([step_params(row(i), job.epoch) | dict(status="queued") for i in range(n)])
     waiting = lambda: c.bridge.stats()["streams"].get(work_stream("cpu"), {}).get("length", 0)
+    old = "SELECT count(*) AS n FROM step WHERE queued_at < clock_timestamp() - interval '1.1 s'"
+    wait_for("rows old enough for the reconciler", lambda: c.journal.row(old)["n"] == n)
     assert waiting() == n and conductor.reconcile() == 0
     redis.Redis.from_url(redis_url).flushall()
     assert sum(conductor.reconcile() for _ in range(2)) == n == waiting()

@@ -130,6 +130,10 @@ def comes_back(w: World, name: str) -> None:
     wait_for(f"{name} works again", lambda: w.client.job(job).status == "succeeded", 60)
     w.report.recovery_s.append(time.time() - at)
     if (by := w.row(job, "s0").worker) != name: w.violate(f"{by} did the work of {name}")
+    def keeps_a_step() -> bool:
+        "Its heartbeat works, too: a step of two leases is run once."
+        return w.client.wait(long := w.submit(w.chain(1, seconds=2 * w.lease_s)), 60) and w.row(long, "s0").attempt == 1
+    wait_for(f"{name} keeps a long step", keeps_a_step, 60)
 
 
 for _who in ("worker", "client", "conductor"):

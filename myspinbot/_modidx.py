@@ -780,6 +780,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'myspinbot.kernels.Kernel.request': ('kernels.html#kernel.request', 'myspinbot/kernels.py'),
                                    'myspinbot.kernels.Kernel.send': ('kernels.html#kernel.send', 'myspinbot/kernels.py'),
                                    'myspinbot.kernels.Kernel.terminate': ('kernels.html#kernel.terminate', 'myspinbot/kernels.py'),
+                                   'myspinbot.kernels.Kernel.trim_log': ('kernels.html#kernel.trim_log', 'myspinbot/kernels.py'),
                                    'myspinbot.kernels.KernelPool': ('kernels.html#kernelpool', 'myspinbot/kernels.py'),
                                    'myspinbot.kernels.KernelPool.__enter__': ('kernels.html#kernelpool.__enter__', 'myspinbot/kernels.py'),
                                    'myspinbot.kernels.KernelPool.__exit__': ('kernels.html#kernelpool.__exit__', 'myspinbot/kernels.py'),
@@ -1282,6 +1283,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'myspinbot.worker.Worker.__init__': ('worker.html#worker.__init__', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.beat': ('worker.html#worker.beat', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.bury': ('worker.html#worker.bury', 'myspinbot/worker.py'),
+                                  'myspinbot.worker.Worker.consumes': ('worker.html#worker.consumes', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.drain': ('worker.html#worker.drain', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.execute': ('worker.html#worker.execute', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.forward': ('worker.html#worker.forward', 'myspinbot/worker.py'),
@@ -1302,4 +1304,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'myspinbot.worker.Worker.start': ('worker.html#worker.start', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.take': ('worker.html#worker.take', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.tell': ('worker.html#worker.tell', 'myspinbot/worker.py'),
+                                  'myspinbot.worker.Worker.watch': ('worker.html#worker.watch', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.write': ('worker.html#worker.write', 'myspinbot/worker.py')}}}

@@ -188,7 +188,9 @@ def run_cell(
         except KernelDied as e: error = watch.error or e
         else:
             cell.execution_count = reply.get("execution_count", cell.execution_count)
-            if "execution" in cell.metadata: cell.metadata.execution["shell.execute_reply"] = _now()
+            if (at := cell.metadata.get("execution")) and collect.client.record_timing:
+                at["shell.execute_reply"] = _now()
+                at.setdefault("iopub.status.busy", at.get("iopub.execute_input"))  # our kernels do not say it themselves
             failed = reply["status"] != "ok" and not collect.allows(tags, reply.get("ename"))
             error = watch.error or (_failure(kernel, reply, index) if failed else None)
         collect.join()

@@ -826,6 +826,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'myspinbot.launch._json': ('launch.html#_json', 'myspinbot/launch.py'),
                                   'myspinbot.launch._keep_exits': ('launch.html#_keep_exits', 'myspinbot/launch.py'),
                                   'myspinbot.launch._kernel_app': ('launch.html#_kernel_app', 'myspinbot/launch.py'),
+                                  'myspinbot.launch._package': ('launch.html#_package', 'myspinbot/launch.py'),
                                   'myspinbot.launch._preload': ('launch.html#_preload', 'myspinbot/launch.py'),
                                   'myspinbot.launch._reap': ('launch.html#_reap', 'myspinbot/launch.py'),
                                   'myspinbot.launch._reset_process': ('launch.html#_reset_process', 'myspinbot/launch.py'),

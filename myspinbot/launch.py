@@ -207,7 +207,7 @@ class Launcher:
         self._socket, theirs = socket.socketpair()
         code = ("import sys; p = sys.path; p[:] = [o for o in p if o]; sys.argv[3] in p or p.append(sys.argv[3]);"
                 "from myspinbot.launch import serve; serve(int(sys.argv[1]), sys.argv[2])")  # not what lies in this folder
-        argv = [sys.executable, "-c", code, str(theirs.fileno()), str(self.folder), str(Path(__file__).parents[1])]
+        argv = [sys.executable, "-c", code, str(theirs.fileno()), str(self.folder), str(_package().parent)]
         self.env = dict(os.environ)  # which the kernels inherit
         with open(self.folder / "launcher.log", "wb") as log:
             self._process = subprocess.Popen(argv, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=log,
@@ -258,10 +258,13 @@ class Launcher:
             self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+def _package() -> Path:
+    import myspinbot
+    return Path(myspinbot.__file__).parent
+
 def source_stamp() -> tuple[int, ...]:
     "Changes when a module that the launcher holds does: a kernel must not run yesterday's code."
-    import myspinbot
-    package = Path(myspinbot.__file__).parent
+    package = _package()
     return tuple(mtime_ns(package / f"{o}.py") for o in ("__init__", "core", "schema", "step", "launch"))
 
 def mtime_ns(path: str | Path) -> int:

@@ -167,7 +167,11 @@ def _kernel_app() -> type:
     from ipykernel.ipkernel import IPythonKernel
     from ipykernel.kernelapp import IPKernelApp
     from traitlets import Type
+    class NoThread:  # ipykernel asks it which thread runs a cell with `await`
+        parent_thread = threading.main_thread()
+        def __bool__(self) -> bool: return False
     class Kernel(IPythonKernel):
+        _supports_kernel_subshells = False
         def init_metadata(self, parent: dict[str, Any]) -> dict[str, Any]:
             if due := parent["metadata"].get("spin"): _begin_or_end(**due)
             return super().init_metadata(parent)
@@ -178,7 +182,7 @@ def _kernel_app() -> type:
         def init_control(self, context: Any) -> None:
             super().init_control(context)
             self.shell_channel_thread.io_loop.close()
-            self.shell_channel_thread = None
+            self.shell_channel_thread = NoThread()
         def init_kernel(self) -> None:
             super().init_kernel()
             self.log.setLevel("CRITICAL")  # as its handler is: else each message makes records for nobody

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import myspinbot
-from .artifacts import Store, media_type_of
+from .artifacts import Store, disk_error, media_type_of
 from .catalogue import Catalogue, did_you_mean
 from .core import Cancelled, InputError, ServiceUnavailable, SpinError, StepFailed, orphaned, process_tag
 from .engine import RunRecord, run_notebook
@@ -168,9 +168,10 @@ class Executor:
         pool: KernelPool,
         scratch: Path,           # a folder for each attempt; removed after it
         grace_s: float = 10.0,   # from a stop's interrupt to SIGTERM
+        patience_s: float = 60.0,  # how long a store that is away or full is asked again
     ):
         self.store, self.catalogue, self.pool = store, catalogue, pool
-        self.scratch, self.grace_s = Path(scratch), grace_s
+        self.scratch, self.grace_s, self.patience_s = Path(scratch), grace_s, patience_s
         self.sweep()
 
     def sweep(self) -> None:
@@ -196,9 +197,7 @@ class Executor:
             outputs = attempt.go(inputs, on_event, should_stop)
             return attempt.result("succeeded", outputs)
         except SpinError as e: return attempt.result("cancelled" if isinstance(e, Cancelled) else "failed", error=e)
-        except OSError as e:
-            fix = "Make room, or set SPIN_HOME to another disk."
-            return attempt.result("failed", error=ServiceUnavailable(f"Scratch folder {folder}: {e.strerror or e}.", fix))
+        except OSError as e: return attempt.result("failed", error=disk_error(folder, e))
         finally: shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -216,12 +215,24 @@ class _Attempt:
         try: return fn(*args, **kw)
         finally: self.seconds[part] = round(time.monotonic() - began, 4)
 
+    def patient(self, fn: Callable, *args: Any) -> Any:
+        "Ask the store again while it is away or full: minutes of work are not thrown away because a server restarts."
+        end, wait = time.monotonic() + self.owner.patience_s, 0.2
+        while True:
+            try: return fn(*args)
+            except ServiceUnavailable as e:
+                if time.monotonic() + wait > end or self.should_stop(): raise
+                self.tail.send("log", dict(text=f"Waiting for the store: {e.message}", stream="stderr"))
+            time.sleep(wait)
+            wait = min(2.0, wait * 2)
+
     def go(self, inputs: dict[str, Any], on_event: Callable, should_stop: Callable) -> dict[str, Any]:
         "Fetch, run, store."
         spec, store, out = self.spec, self.owner.store, self.folder / "out"
-        values = self.timed("fetch", fetch_inputs, store, spec, inputs, self.folder / "in")
+        tail = self.tail = Tail(out / "events.jsonl", self.context, on_event)
+        self.should_stop = should_stop
+        values = self.timed("fetch", self.patient, fetch_inputs, store, spec, inputs, self.folder / "in")
         if why := should_stop(): raise Cancelled(f"Stopped: {why}.", reason=why)
-        tail = Tail(out / "events.jsonl", self.context, on_event)
         told = dict(step=spec.id, folder=str(out.absolute()), outputs=spec.outputs, job=self.context.job,
                     key=self.context.key, attempt=self.context.attempt)
         done = self.folder / f"{spec.id.replace('.', '_')}.ipynb"
@@ -237,9 +248,10 @@ class _Attempt:
 
     def keep(self, done: Path) -> dict[str, Any]:
         "Store the notebook, then the outputs if there are any."
-        if done.is_file(): self.notebook = self.owner.store.put_file(done, "application/x-ipynb+json", done.name)
+        store = self.owner.store
+        if done.is_file(): self.notebook = self.patient(store.put_file, done, "application/x-ipynb+json", done.name)
         if self.run.error: raise self.run.error
-        return store_outputs(self.owner.store, self.spec, self.folder / "out")
+        return self.patient(store_outputs, store, self.spec, self.folder / "out")
 
     def result(self, status: str, outputs: dict[str, Any] | None = None, error: SpinError | None = None) -> StepResult:
         r = self.run or RunRecord()

@@ -10,7 +10,7 @@ QUALIFIES := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_in
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	if $$p -c '$(QUALIFIES)' 2>/dev/null; then echo $$p; break; fi; done)
 
-.PHONY: demo test lint check readme bench lab clean install dev
+.PHONY: demo test lint check readme faults bench lab clean install dev
 
 demo: $(VENV)/.installed  ## a video from the sample portrait
 	$(BIN)/myspinbot demo
@@ -32,6 +32,10 @@ check: $(VENV)/.dev  ## notebooks clean, package in sync, README current: nothin
 
 readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
 	$(BIN)/python -c 'from myspinbot.dev import build_readme; print(*build_readme() or ["README.md is current"])'
+
+faults: $(VENV)/.dev  ## every fault with a list of seeds, then the simulation; a table each (FAULTS="--only Redis --seeds 7")
+	$(BIN)/python tests/faults/run.py $(FAULTS)
+	$(BIN)/python tests/faults/simulate.py $(SIMULATE)
 
 bench: $(VENV)/.dev  ## speed and memory, the peers beside; one table (BENCH=flow: only that part)
 	$(BIN)/python tests/bench/run.py $(BENCH)

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['MAX_LOST', 'JOB_LIVE', 'STEP_ENDED', 'LEASE', 'MAX_LEASE_S', 'EXPIRED', 'GIVEN', 'FENCE', 'NEW_STEPS', 'QUEUE',
-           'RECORD', 'R', 'ATTEMPT', 'ENTRIES', 'Attempts', 'step_params', 'fenced', 'result_params']
+           'RECORD', 'R', 'ATTEMPT', 'ENTRIES', 'Attempts', 'step_params', 'fenced', 'result_params', 'Place']
 
 # %% ../nbs/14_attempts.ipynb #9e95bdc2
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeVar
 
 from fastcore.basics import patch
@@ -196,7 +198,7 @@ def claim_step(self: Attempts,
 def renew_steps(self: Attempts,
     held: Iterable[tuple[str, str, int]],  # job, key, attempt
     lease_s: float,
-) -> dict[tuple[str, str], str]:           # ok, lost or cancelled
+) -> dict[tuple[str, str, int], str]:      # ok, lost or cancelled
     "Prolong the leases of attempts and hear which must stop."
     if not (held := sorted(held)): return {}
     jobs, keys, attempts = (list(o) for o in zip(*held, strict=True))
@@ -205,12 +207,12 @@ def renew_steps(self: Attempts,
         mine AS (SELECT step.job, step.key FROM step JOIN w USING (job, key, attempt) WHERE status = 'running'
           ORDER BY job, key FOR UPDATE OF step),
         u AS (UPDATE step SET lease_until = {LEASE} FROM mine
-          WHERE step.job = mine.job AND step.key = mine.key RETURNING step.job, step.key)
-        SELECT w.job, w.key, CASE WHEN u.job IS NOT NULL THEN 'ok' WHEN step.status = 'cancelled' THEN 'cancelled'
+          WHERE step.job = mine.job AND step.key = mine.key RETURNING step.job, step.key, attempt)
+        SELECT w.*, CASE WHEN u.job IS NOT NULL THEN 'ok' WHEN step.status = 'cancelled' THEN 'cancelled'
           ELSE 'lost' END AS state
-        FROM w LEFT JOIN u USING (job, key) LEFT JOIN step USING (job, key)""",
+        FROM w LEFT JOIN u USING (job, key, attempt) LEFT JOIN step USING (job, key)""",
         jobs=jobs, keys=keys, attempts=attempts, lease=float(lease_s))
-    return {(r["job"], r["key"]): r["state"] for r in rows}
+    return {(r["job"], r["key"], r["attempt"]): r["state"] for r in rows}
 
 # %% ../nbs/14_attempts.ipynb #6aedb73d
 ATTEMPT = "WHERE job = %(job)s AND key = %(key)s AND attempt = %(attempt)s"
@@ -296,21 +298,41 @@ def unpublish_all(self: Attempts) -> int:  # rows that are unpublished now
         UPDATE step SET entry_id = NULL FROM mine WHERE step.job = mine.job AND step.key = mine.key
         RETURNING step.key"""))
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    "Where a queued step stands, or should stand."
+    job: str
+    key: str
+    queue: str
+    priority: str
+    entry_id: str | None  # None: on no stream
+    at: datetime          # when it was queued
+    n: int                # orders those of one moment
+
+@patch
+def places(self: Attempts, where: str, limit: int, **params: Any) -> list[Place]:
+    "Queued steps, oldest first."
+    rows = self.rows(f"""SELECT job, key, queue, priority, entry_id, queued_at AS at, n FROM step
+        WHERE status = 'queued' AND {where} ORDER BY queued_at, n LIMIT %(limit)s""", limit=limit, **params)
+    return [Place(**r | dict(priority=PRIORITIES[r["priority"]])) for r in rows]
+
 @patch
 def unpublished(self: Attempts,
     older_s: float = 1.0,  # younger ones are being published by whoever queued them
     limit: int = 1000,
-) -> list[StepRow]:
-    "Queued steps that are on no stream, oldest first."
-    return self.found("""SELECT * FROM step WHERE status = 'queued' AND entry_id IS NULL
-        AND queued_at <= clock_timestamp() - %(older)s * interval '1 s' ORDER BY queued_at LIMIT %(limit)s""",
-        older=float(older_s), limit=limit)
+) -> list[Place]:
+    "Queued steps that are on no stream, oldest first; those from before the clock was set back, too."
+    return self.places("""entry_id IS NULL AND NOT queued_at BETWEEN clock_timestamp() - %(older)s * interval '1 s'
+        AND clock_timestamp()""", limit, older=float(older_s))
 
 @patch
-def queued_steps(self: Attempts, limit: int = 1000) -> list[StepRow]:
+def queued_steps(self: Attempts,
+    after: Place | None = None,  # the last one of the page before
+    limit: int = 1000,
+) -> list[Place]:
     "Queued steps with the entry that should carry them, oldest first."
-    return self.found("""SELECT * FROM step WHERE status = 'queued' AND entry_id IS NOT NULL
-        ORDER BY queued_at LIMIT %(limit)s""", limit=limit)
+    after = dict(at=after.at, n=after.n) if after else {}
+    return self.places("entry_id IS NOT NULL" + (" AND (queued_at, n) > (%(at)s, %(n)s)" if after else ""), limit, **after)
 
 # %% ../nbs/14_attempts.ipynb #57d295b5
 @patch

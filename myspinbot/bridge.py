@@ -8,7 +8,9 @@ __all__ = ['VERSION', 'COMMAND_S', 'BLOCK_MS', 'HINT_ALL', 'Entry', 'hide_passwo
 
 # %% ../nbs/11_bridge.ipynb #a059a2a8
 import json, secrets, threading, time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import count as counter
@@ -113,6 +115,8 @@ class Bridge:
         self._grouped: set[str] = set()
         self._turn = counter()
         self._shas: dict[str, str] = {}
+        self._ends: deque[tuple[str, str, str, Future[bool]]] = deque()  # stream, id, hint
+        self._ending = threading.Lock()
 
     def _errors(self, operation: str) -> AbstractContextManager[None]: return redis_errors(self.url, operation)
 
@@ -290,18 +294,30 @@ def finish_many(self: Bridge,
     items: Sequence[tuple[Entry, dict[str, Any] | None]],  # entry, hint for the conductor
 ) -> int:  # how many of them were pending until now
     "Acknowledge, delete and publish the hints, as one command."
-    if not items: return 0
-    args = [o for e, hint in items for o in (e.id, json.dumps(hint) if hint else "")]
-    with self._errors("finish"):
-        return self._script(self._redis, FINISH, [e.stream for e, _ in items], GROUP, DONE, *args)
+    return sum(_finish(self, [(e.stream, e.id, json.dumps(hint) if hint else "") for e, hint in items]))
+
+def _finish(bridge: Bridge, items: Sequence[tuple[str, str, str]]) -> list[int]:
+    "Stream, id and hint of each; 1 for each that was pending until now."
+    if not items: return []
+    args = [o for _, id, hint in items for o in (id, hint)]
+    with bridge._errors("finish"):
+        return bridge._script(bridge._redis, FINISH, [o[0] for o in items], GROUP, DONE, *args)
 
 @patch
 def finish(self: Bridge,
     entry: Entry,                             # whose result stands in the journal
     hint: dict[str, Any] | None = None,       # {"job", "key"} for `follow_done`
 ) -> bool:  # False: it was finished before
-    "Remove an entry for good and publish the hint."
-    return self.finish_many([(entry, hint)]) == 1
+    "Remove an entry for good and publish the hint; threads that do so at once share a round trip."
+    mine: Future[bool] = Future()
+    self._ends.append((entry.stream, entry.id, json.dumps(hint) if hint else "", mine))
+    with self._ending:
+        batch = [] if mine.done() else [self._ends.popleft() for _ in range(len(self._ends))]
+        try:
+            for (*_, end), done in zip(batch, _finish(self, [o[:3] for o in batch]), strict=True): end.set_result(done == 1)
+        except BaseException as e:  # a thread whose entry was in this batch would wait for ever
+            for *_, end in batch: end.set_exception(e)
+    return mine.result()
 
 @patch
 def hand_back(self: Bridge, entry: Entry) -> str | None:
@@ -321,6 +337,20 @@ def dead_letter(self: Bridge,
         id = self._script(self._redis, BURY, [entry.stream, DEAD], GROUP, entry.id, entry.consumer, reason[:2000],
                           DEAD_MAXLEN)
     return id.decode() if id else None
+
+@patch
+def bury(self: Bridge,
+    stream: str,           # where it would have stood
+    message: StepMessage,
+    reason: str,           # for a person
+) -> str:  # id on the dead stream
+    "Leave a dead letter for a step that is on no stream any more."
+    fields = _letter("0-0", stream, "", reason) | {b"raw:" + BODY: message.model_dump_json().encode()}
+    with self._errors("bury"): return self._redis.xadd(DEAD, fields, maxlen=DEAD_MAXLEN, approximate=True).decode()
+
+def _letter(id: str, stream: str, consumer: str, reason: str) -> dict[bytes, bytes]:
+    head = dict(id=id, stream=stream, consumer=consumer, reason=reason[:2000])
+    return {k.encode(): v.encode("utf-8", "replace") for k, v in head.items()}
 
 @patch
 def dead_letters(self: Bridge, limit: int = 100) -> list[dict[str, Any]]:
@@ -583,7 +613,8 @@ class MemoryBridge(_MemoryWork):
                 if hint: self._tell(DONE, json.dumps(hint).encode())
         return done
 
-    finish = Bridge.finish
+    def finish(self, entry: Entry, hint: dict[str, Any] | None = None) -> bool:
+        return self.finish_many([(entry, hint)]) == 1
 
     def hand_back(self, entry: Entry) -> str | None:
         with self._lock:
@@ -595,10 +626,15 @@ def dead_letter(self: MemoryBridge, entry: Entry, reason: str) -> str | None:  #
     with self._lock:
         if not self._mine(entry): return None
         raw = self._held[entry.stream].pop(entry.id)[2]
-        head = dict(id=entry.id, stream=entry.stream, consumer=entry.consumer, reason=reason[:2000])
-        fields = {k.encode(): v.encode() for k, v in head.items()} | {b"raw:" + k: v for k, v in raw.items()}
+        fields = _letter(entry.id, entry.stream, entry.consumer, reason) | {b"raw:" + k: v for k, v in raw.items()}
         self._dead.append((f"{next(self._ids)}-0", fields))
         return self._dead[-1][0]
+
+@patch
+def bury(self: MemoryBridge, stream: str, message: StepMessage, reason: str) -> str:  # noqa: F811
+    fields = _letter("0-0", stream, "", reason) | {b"raw:" + BODY: message.model_dump_json().encode()}
+    with self._lock: self._dead.append((f"{next(self._ids)}-0", fields))
+    return self._dead[-1][0]
 
 @patch
 def dead_letters(self: MemoryBridge, limit: int = 100) -> list[dict[str, Any]]:  # noqa: F811

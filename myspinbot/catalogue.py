@@ -181,9 +181,9 @@ class Catalogue:
 
     def notebook(self, id: str) -> Path:
         "The notebook of a step; raises `NotFound` for a control step, which has none."
-        spec = self.step(id)
-        if spec.kind == "control": raise NotFound(f"{id} is a control step: it has no notebook.", step=id)
-        return self._scan()[1][id]
+        paths = self._scan()[1]
+        if id in paths: return paths[id]
+        raise NotFound(f"{self.step(id).id} is a control step: it has no notebook.", step=id)
 
     def control(self, id: str) -> ControlFunction:
         "The coroutine function of a control step."

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Place', 'refs_in', 'needs_of', 'dependencies', 'topological', 'matches', 'show_ref', 'Scope', 'check_node',
-           'check_condition', 'problems', 'check_literals', 'validate_graph', 'explain', 'read_graph', 'plain',
-           'as_type', 'resolve_params', 'params_from_text', 'check_key', 'file_values', 'replace_files', 'check_file',
-           'check_files', 'store_files']
+           'check_condition', 'problems', 'check_literals', 'validate_graph', 'explain', 'read_graph', 'check_bounds',
+           'plain', 'as_type', 'resolve_params', 'params_from_text', 'check_key', 'check_file', 'check_picture',
+           'file_values', 'replace_files', 'check_files', 'store_files']
 
 # %% ../nbs/03_check.ipynb #1ffff806
-import json
+import json, mimetypes, re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from pydantic import ValidationError
 
 from .catalogue import Catalogue, catalogue
 from .core import GraphError, InputError, NotFound, SpinError
-from .schema import MEDIA, Artifact, Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec, check_json
-from .schema import is_media, parse_value, port_type, revive, show_value, text_problem
+from .schema import MAX_PIXELS, MEDIA, Artifact, Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec
+from .schema import check_json, is_media, parse_value, port_type, revive, show_value, text_problem
 from .spec import did_you_mean, fits, type_of
 
 # %% ../nbs/03_check.ipynb #6c37ca8d
@@ -265,6 +265,22 @@ def read_graph(
     except InputError as e: raise GraphError(e.message, e.hint) from e
     except ValidationError as e: raise GraphError(*explain(e.errors(), "graph")) from e
 
+# %% ../nbs/03_check.ipynb #49f841b2
+def check_bounds(
+    port: Port,
+    value: Any,  # fits its type
+    where: str,  # for the message
+) -> None:
+    "Raise `InputError` for a number or a length beyond the bounds that a parameter declares."
+    if value is None or port.type in MEDIA or (port.least is None and port.most is None): return
+    sized = isinstance(value, str | list | dict)
+    n, unit = (len(value), " characters" if isinstance(value, str) else " items") if sized else (value, "")
+    if (port.least is None or n >= port.least) and (port.most is None or n <= port.most): return
+    ends = [f"at {k} {o:,g}" for k, o in dict(least=port.least, most=port.most).items() if o is not None]
+    got = f"has {n:,}{unit}" if sized else f"is {n:,g}"
+    raise InputError(f"{where} {got}; {' and '.join(ends)} can be given.",
+                     f"{port.name}: {port.help}." if port.help else "", parameter=port.name)
+
 # %% ../nbs/03_check.ipynb #c81195d2
 def plain(v: Any) -> Any:
     "Paths as text, tuples as lists."
@@ -306,6 +322,7 @@ def resolve_params(
             raise InputError(f"{graph.name}: {name} takes {p.type}, but got {got}.",
                              f"{fix} {name}: {p.help}" if p.help else fix, parameter=name)
         values[name] = as_type(v, p.type)
+        check_bounds(p, values[name], f"{graph.name}: {name}")
     return values
 
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -346,6 +363,65 @@ def check_key(
     if not problem and len(key) > 200: problem = f"{len(key)} characters long"
     if problem: raise InputError(f"The {what} is {problem}.", "Give a text of 1 to 200 characters, or leave it out.")
 
+# %% ../nbs/03_check.ipynb #91855541
+def check_file(
+    where: str,  # the parameter, for the message
+    path: str,
+    port: Port,  # of type Image, Audio, Video, Data, or a list of one
+) -> None:
+    "Raise `InputError` for a file that is not there, is empty, or is no picture, or a text in the place of sound or film."
+    kind = port.type.removeprefix("list[").removesuffix("]")
+    try: there = (file := Path(path).expanduser()).is_file()
+    except (OSError, RuntimeError) as e:  # a name too long, or the home of nobody
+        raise InputError(f"{where}: {show_value(path)} is no path: {getattr(e, 'strerror', None) or e}.",
+                         f"Give the path of a file of type {kind}.") from e
+    if not there:
+        said = "is a folder" if file.is_dir() else "is no plain file" if file.exists() else \
+            "is a link that leads to no file" if file.is_symlink() else ""
+        raise InputError(f"{where}: {show_value(path)} {said}." if said else f"{where}: there is no file {show_value(path)}.",
+                         f"Relative paths start at {Path.cwd()}.", path=path)
+    try:
+        with open(file, "rb") as f: head = f.read(400)
+    except OSError as e:
+        raise InputError(f"{where}: {show_value(path)} cannot be read: {e.strerror}.", "Change its rights.", path=path) from e
+    if not head: raise InputError(f"{where}: {path!r} is empty.", f"Give a file of type {kind}.", path=path)
+    if kind == "Data": return
+    try: text = head.decode()
+    except UnicodeDecodeError: text = ""
+    if text and "<svg" not in text and all(c.isprintable() or c.isspace() for c in text):
+        raise InputError(f"{where}: {path!r} is no {kind.lower()} but a text that begins {text[:30]!r}.",
+                         f"Give a file of type {kind}.", path=path)
+    if kind == "Image": check_picture(f"{where}: {path!r}", file, head, port.least or 1)
+
+# %% ../nbs/03_check.ipynb #36088fdb
+def check_picture(
+    where: str,   # parameter and path, for the message
+    file: Path,
+    head: bytes,  # its beginning
+    least: float,  # pixels of the shorter side
+) -> None:
+    "Raise `InputError` for a damaged picture, a huge one and one too small, by its header; the pixels are not decoded."
+    from PIL import Image as Pillow
+    from PIL import UnidentifiedImageError
+    most, fix = f"at most {MAX_PIXELS // 10**6} megapixels are read", "Reduce it first."
+    try:
+        with Pillow.open(file) as im:
+            (w, h), form = im.size, im.format
+            if w * h > MAX_PIXELS: raise InputError(f"{where} is {w}x{h}; {most}.", fix)
+            im.verify()  # of a PNG all checksums, of others nothing
+    except Pillow.DecompressionBombError as e:
+        many = re.search(r"\d{6,}", str(e))
+        raise InputError(f"{where} has {int(many[0]) // 10**6 if many else 'too many'} megapixels; {most}.", fix) from e
+    except UnidentifiedImageError as e:
+        by_name = mimetypes.guess_type(file.name)[0] or ""
+        if by_name.startswith("image/") and file.suffix.lower() not in Pillow.registered_extensions(): return
+        raise InputError(f"{where} is no picture, or a damaged one; it begins with the bytes {head[:8].hex(' ')}.",
+                         "Give a JPEG, PNG or WebP file.") from e
+    except (OSError, SyntaxError, ValueError, EOFError) as e:
+        raise InputError(f"{where} is damaged: {e}.", "Copy or download it again.") from e
+    if min(w, h) < least:
+        raise InputError(f"{where} is a {form} of only {w}x{h} pixels.", f"Use at least {least:g} pixels a side.")
+
 # %% ../nbs/03_check.ipynb #a7f6abfd
 Place = tuple[str | int, ...]  # ("params", name, index...) or ("nodes", node id, input, index...)
 
@@ -385,43 +461,18 @@ def replace_files(
     nodes = tuple(n.model_copy(update=dict(inputs=inputs[n.id])) for n in graph.nodes)
     return graph.model_copy(update=dict(nodes=nodes)), values
 
-def check_file(
-    where: str,  # the parameter, for the message
-    path: str,
-    kind: str,   # Image, Audio, Video or Data
-) -> None:
-    "Raise `InputError` for a file that is not there, is empty, or is a text where a picture, sound or film is due."
-    try: there = (file := Path(path).expanduser()).is_file()
-    except (OSError, RuntimeError) as e:  # a name too long, or the home of nobody
-        raise InputError(f"{where}: {show_value(path)} is no path: {getattr(e, 'strerror', None) or e}.",
-                         f"Give the path of a file of type {kind}.") from e
-    if not there:
-        said = "is a folder" if file.is_dir() else "is no plain file" if file.exists() else ""
-        raise InputError(f"{where}: {show_value(path)} {said}." if said else f"{where}: there is no file {show_value(path)}.",
-                         f"Relative paths start at {Path.cwd()}.", path=path)
-    try:
-        with open(file, "rb") as f: head = f.read(400)
-    except OSError as e:
-        raise InputError(f"{where}: {show_value(path)} cannot be read: {e.strerror}.", "Change its rights.", path=path) from e
-    if not head: raise InputError(f"{where}: {path!r} is empty.", f"Give a file of type {kind}.", path=path)
-    if kind == "Data": return
-    try: text = head.decode()
-    except UnicodeDecodeError: return
-    if "<svg" in text or not all(c.isprintable() or c.isspace() for c in text): return
-    raise InputError(f"{where}: {path!r} is no {kind.lower()} but a text that begins {text[:30]!r}.", path=path)
-
 def check_files(
     graph: Graph,
     params: Mapping[str, Any],       # resolved
     steps: Catalogue | None = None,  # default: `catalogue()`
 ) -> tuple[list[tuple[Place, str]], dict[Place, str]]:  # as `file_values` finds them; the kind that is due at each place
     "Look at every file that graph and parameters name; raises `InputError` for one that is not there or no such file."
-    found, params_kind, kinds = file_values(graph, params, steps), {p.name: p.type for p in graph.params}, {}
+    found, ports, kinds = file_values(graph, params, steps), {p.name: p for p in graph.params}, {}
     for place, path in found:
-        if place[0] == "params": kind = params_kind[place[1]]
-        else: kind = (steps or catalogue()).step(graph.node(place[1]).step).input(place[2]).type
-        kinds[place] = kind.removeprefix("list[").removesuffix("]")
-        check_file(".".join(map(str, place[1:])), path, kinds[place])
+        if place[0] == "params": port = ports[place[1]]
+        else: port = (steps or catalogue()).step(graph.node(place[1]).step).input(place[2])
+        kinds[place] = port.type.removeprefix("list[").removesuffix("]")
+        check_file(".".join(map(str, place[1:])), path, port)
     return found, kinds
 
 def store_files(
@@ -430,7 +481,7 @@ def store_files(
     store: Any,                      # has `put_file(path) -> Artifact`
     steps: Catalogue | None = None,  # default: `catalogue()`
 ) -> tuple[Graph, dict[str, Any]]:
-    "Store every file that graph and parameters name; raises `InputError` for one that is not there or not what is due."
+    "Store every file that graph and parameters name, once all were looked at; raises `InputError`."
     (found, kinds), stored = check_files(graph, params, steps), {}
     for path in dict.fromkeys(path for _, path in found): stored[path] = store.put_file(Path(path).expanduser())
     for place, path in found:

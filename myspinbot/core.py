@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SpinError', 'InputError', 'GraphError', 'ConfigError', 'NotFound', 'StepFailed', 'GateFailed', 'Cancelled',
-           'FenceLost', 'Conflict', 'ServiceUnavailable', 'KernelDied', 'StepTimeout', 'error_from_dict',
-           'as_spin_error', 'canonical_json', 'hash_bytes', 'hash_json', 'hash_file', 'new_id', 'process_tag',
-           'orphaned', 'Settings', 'settings']
+           'ResourceLimit', 'FenceLost', 'Conflict', 'ServiceUnavailable', 'KernelDied', 'StepTimeout',
+           'error_from_dict', 'as_spin_error', 'canonical_json', 'hash_bytes', 'hash_json', 'hash_file', 'new_id',
+           'process_tag', 'orphaned', 'Settings', 'settings']
 
 # %% ../nbs/00_core.ipynb #999b9cd0
 import hashlib, json, os, re, secrets, socket
@@ -53,6 +53,7 @@ class NotFound(SpinError): "No job, step, pipeline or artifact of that name."
 class StepFailed(SpinError): "A step's notebook raised an exception; running it again would raise it again."
 class GateFailed(SpinError): "A quality gate refused a result; the numbers are in `fields`."
 class Cancelled(SpinError): "The job was cancelled by a user."
+class ResourceLimit(SpinError): "A notebook used more memory or more processes than it may; smaller settings may do."
 class FenceLost(SpinError): "This attempt has a successor; its writes are refused."
 class Conflict(SpinError): "The state does not allow this call now, or an idempotency key was used for something else."
 
@@ -139,6 +140,9 @@ class Settings(BaseSettings):
     scan_s: float = Field(2.0, ge=0.05, le=600, description="pause between two looks of the reconciler")
     kernel_max_runs: int = Field(200, ge=1, description="a warm kernel is replaced after so many runs")
     kernel_max_mb: int = Field(4096, ge=64, description="a warm kernel is replaced above this resident size")
+    kernel_memory_mb: int = Field(0, ge=0, description="a notebook and its child processes may use so much memory, on"
+                                  " Linux; 0: four fifths of this machine's")
+    kernel_processes: int = Field(500, ge=1, description="child processes that a notebook may have at once, on Linux")
     control_host: str = Field("127.0.0.1", description="address of the HTTP API")
     control_port: int = Field(8470, ge=0, le=65535, description="port of the HTTP API; 0: any free one")
     dashboards_port: int = Field(8866, ge=0, le=65535, description="port of the Voila dashboards; 0: any free one")

@@ -107,8 +107,11 @@ class Pipeline:
         type: Any = str,     # str, int, float, bool, list, dict, Image, Audio, Video, Data, list[...] of one
         default: Any = ...,  # without one the parameter is required
         help: str = "",      # what a form shows beside it
+        *,
+        least: float | None = None,  # smallest number; of a text its length, of a picture its shorter side
+        most: float | None = None,   # largest number, or length
     ) -> Value:
-        "Declare a parameter."
+        "Declare a parameter; what is beyond its bounds is refused before anything runs."
         kind = port_type(type)
         if name in self.scope.params: raise GraphError(f"The parameter {name!r} is declared twice.", "Keep one.")
         try: check_json(None if default is ... else default, f"{self.name}: the default of {name}")
@@ -117,7 +120,8 @@ class Pipeline:
         if default is not ... and not fits(value, kind):
             raise GraphError(f"The default of {name} is {show_value(default)} ({type_of(default)}), which is not {kind}.",
                              "Change the default or the type.")
-        try: port = Port(name=name, type=kind, required=default is ..., default=value, help=help)
+        try: port = Port(name=name, type=kind, required=default is ..., default=value, help=help, least=least,
+                         most=most)
         except ValidationError as e:
             raise GraphError(f"{name!r} is no name for a parameter.", "Use lower case, digits and underscores.") from e
         self.scope.params[name] = port

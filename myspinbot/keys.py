@@ -80,10 +80,10 @@ return {made, out}
 
 # %% ../nbs/10_keys.ipynb #4058a1d6
 FINISH = """
-local done = 0
+local done = {}
 for i, stream in ipairs(KEYS) do
   local id, hint = ARGV[2 * i + 1], ARGV[2 * i + 2]
-  done = done + redis.call('XACK', stream, ARGV[1], id)
+  done[i] = redis.call('XACK', stream, ARGV[1], id)
   redis.call('XDEL', stream, id)
   if hint ~= '' then redis.call('PUBLISH', ARGV[2], hint) end
 end

@@ -261,4 +261,5 @@ class MouthFields:
         shared = above * both[0] + (1 - above) * both[1]
         border = np.minimum(grid - grid[0, 0], grid[-1, -1] - grid).min(-1)
         window = smooth_step(border, 0, 12 * a.mm)[..., None]
-        self.upper, self.lower = (a.vector(window * (f + beside * (shared - f))).astype(np.float32) for f in both)
+        fields = (a.vector(window * (f + beside * (shared - f))) for f in both)
+        self.upper, self.lower = (np.ascontiguousarray(f, np.float32) for f in fields)

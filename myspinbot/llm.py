@@ -16,6 +16,7 @@ from .catalogue import ControlContext, control_step
 from .core import ConfigError, InputError, ServiceUnavailable, Settings, SpinError, StepFailed
 from .core import settings as process_settings
 from .schema import Wire
+from .text import clean_text
 
 # %% ../nbs/35_llm.ipynb #e8838a00
 class Script(Wire):
@@ -203,7 +204,9 @@ async def write_script(
     seed: int = 0,              # another seed: another narration
 ) -> dict[str, Any]:
     "Take the given text, or have a language model write one about a topic."
-    if text.strip(): return dict(title=title_of(text), narration=text.strip(), stage_prompt="")
+    if text.strip():
+        clean_text(text)  # what no voice can speak is told before any step has worked for it
+        return dict(title=title_of(text), narration=text.strip(), stage_prompt="")
     if not topic.strip(): raise InputError("Neither a text nor a topic is given.", "Give `text` or `topic`.")
     if not 3 <= seconds <= 600: raise InputError(f"seconds={seconds} is out of range.", "Choose 3 to 600.")
     if len(topic) > 4000: raise InputError(f"The topic has {len(topic)} characters; at most 4000 are read.", "Shorten.")

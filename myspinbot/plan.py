@@ -248,9 +248,12 @@ def job_error(
     if not bad: return None
     bad.sort(key=lambda k: (order[node_of(k)], len(k), k))
     e = results[bad[0]].error or {}
-    message = e.get("message") or f"ended as {results[bad[0]].status} without an error."
-    return dict(type=e.get("type") or "StepFailed", message=f"{bad[0]}: {message}", hint=e.get("hint", ""),
-                fields={**e.get("fields", {}), "step": bad[0], "failed": bad})
+    message, fields = e.get("message") or f"ended as {results[bad[0]].status} without an error.", e.get("fields", {})
+    where, given = bad[0], graph.node(node_of(bad[0])).inputs.get(fields.get("input"))
+    if isinstance(given := parse_value(given), ParamRef):  # about a file that the user gave: under the name he gave it
+        where, fields = f"{where}: parameter {given.name}", {**fields, "parameter": given.name}
+    return dict(type=e.get("type") or "StepFailed", message=f"{where}: {message}", hint=e.get("hint", ""),
+                fields={**fields, "step": bad[0], "failed": bad})
 
 # %% ../nbs/04_plan.ipynb #78f7af3a
 def downstream(

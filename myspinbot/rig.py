@@ -280,24 +280,34 @@ class Rig:
         moving = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
         boxes = np.array([moving, self.fields.box, *(e.box for e in self.eyes)])
         x0, y0, x1, y1 = self.box = *(int(v) for v in boxes[:, :2].min(0)), *(int(v) for v in boxes[:, 2:].max(0))
+        a, b, c, d = self.fields.box
+        parts = (x0, y0, x1, b), (x0, b, a, d), (c, b, x1, d), (x0, d, x1, y1)
+        self.around = [(l, t, r, e) for l, t, r, e in parts if l < r and t < e]  # of `box`, what the mouth does not cover
         self._grid = pixel_grid(self.box)
-        self._sway = np.where(w > 1e-3, w, 0).astype(np.float32)[y0:y1, x0:x1, None]
-        self._pivot = self.axes.image(np.array([(p[8, 0], chin + 12)]))[0]
-        self._lever = self._sway * (self._grid - self._pivot.astype(np.float32))
+        sway = np.where(w > 1e-3, w, 0).astype(np.float32)[y0:y1, x0:x1, None]
+        self._sway = np.repeat(sway, 2, axis=2)  # one for x, one for y: numpy multiplies that faster than it broadcasts
+        self._lever = self._grid - self.axes.image(np.array([(p[8, 0], chin + 12)]))[0].astype(np.float32)
 
 # %% ../nbs/33_rig.ipynb #98a9be73
 def _shifted(layer: np.ndarray, at: np.ndarray, box: tuple[int, ...], step: int = 1, replicate: bool = True) -> np.ndarray:
     "Sample a layer that lies at `box`, every `step` pixels, at picture coordinates."
     import cv2
-    u, v = ((at[..., i] - np.float32(box[i])) * np.float32(1 / step) for i in (0, 1))
     border = cv2.BORDER_REPLICATE if replicate else cv2.BORDER_CONSTANT
-    return cv2.remap(layer, u, v, cv2.INTER_LINEAR, borderMode=border)
+    return cv2.remap(layer, _cells(at, box, step), None, cv2.INTER_LINEAR, borderMode=border)
 
-def _origin(field: np.ndarray, q: np.ndarray, box: tuple[int, ...], step: int, rounds: int = 8) -> np.ndarray:
-    "Where the skin seen at `q` comes from: the s with s + field(s) = q, by fixed-point iteration."
-    s = q
-    for _ in range(rounds): s = q - _shifted(field, s, box, step, replicate=False)
-    return s
+def _cells(at: np.ndarray, box: tuple[int, ...], step: int) -> np.ndarray:
+    "Picture coordinates counted in cells of a layer that lies at `box`."
+    out = at - np.float32(box[:2])
+    return out if step == 1 else out * np.float32(1 / step)
+
+def _from(field: np.ndarray, q: np.ndarray, box: tuple[int, ...], step: int, rounds: int = 8) -> np.ndarray:
+    "Which way the skin seen at `q` came: d so that q + d is moved to q by the field, by fixed-point iteration."
+    import cv2
+    at = here = _cells(q, box, step)
+    for i in range(rounds):
+        moved = cv2.remap(field, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+        if i < rounds - 1: at = cv2.scaleAdd(moved, -1 / step, here)
+    return -moved
 
 def _finer(a: np.ndarray, step: int) -> np.ndarray:
     "From every `step`-th pixel to every pixel."
@@ -310,24 +320,29 @@ def _finer(a: np.ndarray, step: int) -> np.ndarray:
 class Pose:
     "The rig's frame for one set of controls."
     def __init__(self, rig: Rig, v: Mapping[str, float]):
+        import cv2
         self.rig, self.v = rig, v
         a, k = math.radians(v["roll"]), 1 / (1 + v["zoom"])
         turn = np.array([[k * math.cos(a), k * math.sin(a)], [-k * math.sin(a), k * math.cos(a)]])
         shift = turn @ rig.axes.vector(np.array((v["dx"], v["dy"])))
-        self.q = rig._grid + rig._lever @ (turn - np.eye(2)).T.astype(np.float32) - rig._sway * shift.astype(np.float32)
+        self.q = cv2.transform(rig._lever, np.c_[turn - np.eye(2), -shift])
+        self.q *= rig._sway
+        self.q += rig._grid
 
     def pixels(self, at: np.ndarray) -> np.ndarray:
         import cv2
-        return cv2.remap(self.rig._double, at[..., 0] * 2 + 0.5, at[..., 1] * 2 + 0.5, cv2.INTER_CUBIC,
-                         borderMode=cv2.BORDER_REPLICATE)
+        at = at * np.float32(2)
+        at += np.float32(0.5)
+        return cv2.remap(self.rig._double, at, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
 
     def cut(self, box: tuple[int, ...]) -> np.ndarray:
         x, y = self.rig.box[:2]
         return self.q[box[1] - y:box[3] - y, box[0] - x:box[2] - x]
 
     def head(self) -> np.ndarray:
-        out, (x0, y0, x1, y1) = self.rig.image.copy(), self.rig.box
-        out[y0:y1, x0:x1] = self.pixels(self.q)
+        "All that sways, without the lower face."
+        out = self.rig.image.copy()
+        for x0, y0, x1, y1 in self.rig.around: out[y0:y1, x0:x1] = self.pixels(self.cut((x0, y0, x1, y1)))
         return out
 
     def mouth(self, out: np.ndarray) -> None:
@@ -337,8 +352,8 @@ class Pose:
         w = np.array([float(rig.lips.parted), *(self.v[k] for k in MOUTH)], np.float32)
         q = self.cut(box)
         coarse = np.ascontiguousarray(q[::step, ::step])
-        fields = rig.fields.upper, rig.fields.lower
-        up, low = (_origin(np.tensordot(w, f, 1), coarse, box, step) - coarse for f in fields)
+        up, low = (_from((w @ f.reshape(len(w), -1)).reshape(coarse.shape), coarse, box, step)
+                   for f in (rig.fields.upper, rig.fields.lower))
         x0, y0, x1, y1 = box
         out[y0:y1, x0:x1] = self.pixels(q + _finer(low + rig._above * (up - low), step))
         a, b, c, d = rig._lip_box
@@ -375,8 +390,9 @@ class Pose:
         q = np.ascontiguousarray(self.cut(eye.box))
         colour = out[y0:y1, x0:x1].astype(np.float32)
         if self.v["brow"]:
-            moved = _origin(eye.lift * np.float32(self.v["brow"]), q, eye.box, 1)
-            above = smooth_step(eye.curves(eye.axes.local(q)[..., 0])[0] - eye.axes.local(q)[..., 1], 0.0, 1.0)
+            moved = q + _from(eye.lift * np.float32(self.v["brow"]), q, eye.box, 1)
+            mm = eye.axes.local(q)
+            above = smooth_step(eye.curves(mm[..., 0])[0] - mm[..., 1], 0.0, 1.0)
             colour += above[..., None].astype(np.float32) * (self.pixels(moved) - colour)
         if self.v["blink"] >= 0.02: eye.close(colour, q, self.v["blink"])
         out[y0:y1, x0:x1] = np.clip(colour + 0.5, 0, 255).astype(np.uint8)

@@ -124,10 +124,10 @@ class LocalRunner:
         home: Path,      # data folder: store/, cache/, scratch/
         slots: int = 2,  # notebooks at once
     ):
-        from myspinbot.kernels import KernelPool
+        from myspinbot.kernels import pool_of
         self.catalogue, self.home, self.slots = catalogue, home, slots
         self.store = LocalStore(home / "store")
-        self.pool = KernelPool(max_runs=settings().kernel_max_runs, max_mb=settings().kernel_max_mb)
+        self.pool = pool_of(settings())
         self.executor = Executor(self.store, catalogue, self.pool, home / "scratch")
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from .core import ConfigError, InputError, hash_file, new_id, settings
 from .sound import LoudnessMeter, limit_peaks, read_wav, write_wav
-from .text import Piece, clean_text, spelled_letters, split_sentences
+from .text import Piece, clean_text, demand_latin, split_sentences
 
 # %% ../nbs/31_speech.ipynb #720d36ab
 _NOISE = dict(noise_w=1 << 14, noise_z=1 << 20)  # lengths; read round and round by longer pieces
@@ -235,9 +235,7 @@ def _check(speed: float, pause_s: float) -> None:
         if not low <= value <= high:
             raise InputError(f"{name}={value!r} is out of range.", f"Choose {low} to {high}.", value=str(value))
 
-def _notes(pieces: list[Piece]) -> list[str]:
-    n, all_ = (sum(f(p.text) for p in pieces) for f in (spelled_letters, lambda t: sum(map(str.isalpha, t))))
-    return [f"{n} of {all_} letters are not Latin: this English voice spells them."] if n else []
+
 
 def _level(parts: Callable[[], Iterator[np.ndarray]], rate: int, target: float) -> float:
     "The gain at which `parts`, once limited, reach `target` LUFS."
@@ -264,7 +262,8 @@ def speak(
 ) -> dict[str, Any]:          # sample_rate, duration_s, phonemes, sentences, notes
     "Speak a text into a file and tell when each phoneme sounds; raises `InputError` for what cannot be spoken."
     _check(speed, pause_s)
-    pieces, path = split_sentences(clean_text(text)), Path(path)
+    text, path = clean_text(text), Path(path)
+    lone, pieces = demand_latin(text), split_sentences(text)
     voice = load_voice()
     line, sizes = _Timeline(voice.rate), []
     with tempfile.TemporaryFile() as spool:
@@ -285,12 +284,12 @@ def speak(
                 add(spoken.sound)
                 silence(_PAUSE[piece.then] * pause_s, piece.sentence)
             if on_progress: on_progress(0.9 * (i + 1) / len(pieces), piece.text[:60])
-        if not line.sentences: raise InputError(f"The voice finds no sound in {text.strip()[:40]!r}.", "Give words.")
+        if not line.sentences: raise InputError(f"The voice finds no sound in {text[:40]!r}.", "Give words.")
         silence(_EDGE_S, pieces[-1].sentence)
         gain = np.float32(_level(parts, voice.rate, lufs))
         write_wav(path, (limit_peaks(x * gain, rate=voice.rate) for x in parts()), voice.rate)
     if on_progress: on_progress(1.0, f"{line.at / voice.rate:.1f} s")
-    return line.document() | dict(notes=_notes(pieces))
+    return line.document() | dict(notes=[f"{', '.join(dict.fromkeys(lone))}: read by name."] if lone else [])
 
 # %% ../nbs/31_speech.ipynb #f3093f0e
 _OPEN: dict[str, float] = {

@@ -18,11 +18,11 @@ from fastcore.basics import patch
 from .artifacts import Store
 from .bridge import Bridge, Entry
 from .catalogue import Catalogue
-from .core import Conflict, ServiceUnavailable, Settings, SpinError, as_spin_error, settings
+from .core import Conflict, KernelDied, ResourceLimit, ServiceUnavailable, Settings, SpinError, as_spin_error, settings
 from .events import Events
 from .executor import Executor, RunContext, StepResult
 from .journal import Journal
-from .kernels import KernelPool
+from .kernels import pool_of
 from .schema import Event, StepMessage, StepRow
 
 log = structlog.get_logger("myspinbot.worker")
@@ -45,16 +45,15 @@ class Worker:
     ):
         self.journal, self.bridge, self.events, self.store, self.catalogue = journal, bridge, events, store, catalogue
         self.name, self.cfg, self.drain_s = name, cfg or settings(), drain_s
-        self.pool = KernelPool(max_runs=self.cfg.kernel_max_runs, max_mb=self.cfg.kernel_max_mb)
+        self.pool = pool_of(self.cfg)
         self.executor = Executor(store, catalogue, self.pool, self.cfg.home / "scratch")
         self.running: dict[tuple[str, str, int], Running] = {}
         self.changed = threading.Condition()  # guards `running`
         self.entries: list[Entry] = []        # one for each slot in use
 
     def tell(self, job: str, kind: str, key: str, **body: Any) -> None:
-        "A live event; decoration, so a Redis that is away is no error."
-        try: self.events.publish(Event(job=job, kind=kind, key=key, body=body, at=time.time()))
-        except ServiceUnavailable as e: log.debug("event not published", error=str(e))
+        "A live event; decoration, so nobody waits for Redis here, and one that is away is no error."
+        self.events.post(Event(job=job, kind=kind, key=key, body=body, at=time.time()))
 
     def forward(self, e: Event) -> None:
         "An event from a running step."
@@ -119,11 +118,19 @@ def settle(self: Worker, run: Running, r: StepResult) -> None:
         if run.stop == "draining" and self.insist(self.journal.release_step, row.job, row.key, row.attempt):
             self.republish(row)
         return self.insist(self.bridge.finish, entry, None)
+    self.events.flush(1.0)  # what the run said is there when its end is seen
     status = self.write(row, r)
     log.info("step ended", job=row.job, key=row.key, status=status, attempt=row.attempt,
         error=str(r.error) if r.error else None)
-    self.insist(self.bridge.finish, entry, dict(job=row.job, key=row.key))
+    if status == "failed" and isinstance(r.error, KernelDied | ResourceLimit): self.bury(entry, row, r.error)
+    else: self.insist(self.bridge.finish, entry, dict(job=row.job, key=row.key))
     if status != "refused": self.tell(row.job, "step", row.key, status=status)
+
+@patch
+def bury(self: Worker, entry: Entry, row: StepRow, error: SpinError) -> None:
+    "A step that took its kernels with it leaves a dead letter."
+    self.insist(self.bridge.dead_letter, entry, f"Step {row.key} of {row.job} ({row.step}): {error}")
+    self.insist(self.bridge.publish_done, row.job, row.key)
 
 @patch
 def write(self: Worker, row: StepRow, r: StepResult) -> str:  # the row's new status; "refused": there is a successor
@@ -156,7 +163,7 @@ def beat(self: Worker) -> None:
     if not held: return
     states = self.journal.renew_steps([(o.row.job, o.row.key, o.row.attempt) for o in held], self.cfg.lease_s)
     for o in held:
-        state = states.get((o.row.job, o.row.key), "lost")
+        state = states.get((o.row.job, o.row.key, o.row.attempt), "lost")
         if state != "ok":
             log.warning("step must stop", job=o.row.job, key=o.row.key, why=state)
             o.stop = state
@@ -187,7 +194,7 @@ def look_after(self: Worker, job: str, stop: threading.Event) -> None:
     for o in held:
         state = self.insist(self.journal.renew_steps, [(o.row.job, o.row.key, o.row.attempt)], self.cfg.lease_s,
             stop=stop)
-        if (what := state.get((o.row.job, o.row.key), "lost")) != "ok": o.stop = what
+        if (what := state.get((o.row.job, o.row.key, o.row.attempt), "lost")) != "ok": o.stop = what
 
 # %% ../nbs/24_worker.ipynb #2b0ae4c6
 @patch

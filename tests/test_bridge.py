@@ -328,12 +328,42 @@ def test_many_threads_publish_read_and_finish_without_loss(bridge):
     assert len(seen) == len(set(seen)) == n
 
 
+def test_threads_that_finish_at_once_each_get_their_own_answer(bridge):
+    bridge.publish_many([("cpu", "normal", msg(str(k))) for k in range(40)])
+    held = bridge.read(["cpu"], "w1", count=40)
+    bridge.finish_many([(o, None) for o in held[::2]])
+    start, answers = threading.Barrier(40), {}
+
+    def end(k: int) -> None:
+        start.wait(10)
+        answers[k] = bridge.finish(held[k], {"job": "j", "key": str(k)})
+
+    threads = [threading.Thread(target=end, args=(k,)) for k in range(40)]
+    for t in threads: t.start()
+    for t in threads: t.join(20)
+    assert answers == {k: k % 2 == 1 for k in range(40)}
+    assert bridge.own_pending(["cpu"], "w1") == []
+
+
 # ---- the failure cases of Redis Streams; numbers as in the project's table of facts ----
 
 def test_1_finished_entries_leave_no_memory_behind(real, raw):
     real.publish_many([("cpu", "normal", msg(str(k))) for k in range(50)])
     real.finish_many([(o, None) for o in real.read(["cpu"], "w1", count=50)])
     assert raw.xlen(NORMAL) == 0 and raw.xpending(NORMAL, GROUP)["pending"] == 0
+
+
+def test_1_a_hundred_thousand_entries_leave_redis_memory_where_it_was(real, raw):
+    def through(n: int) -> None:
+        for _ in range(n // 1000):
+            real.publish_many([("cpu", "normal", msg("a"))] * 1000)
+            real.finish_many([(o, {"job": "j", "key": "a"}) for o in real.read(["cpu"], "w1", count=1000)])
+
+    through(1000)
+    before = raw.info("memory")["used_memory"]
+    through(100_000)
+    assert raw.info("memory")["used_memory"] - before < 200_000, "two bytes an entry"
+    assert raw.xlen(NORMAL) == 0 and raw.xinfo_groups(NORMAL)[0]["pending"] == 0
 
 
 def test_1_reclaim_follows_the_cursor_past_busy_entries(real, raw):
@@ -627,6 +657,27 @@ def test_19_a_frozen_redis_is_an_error_in_time_and_last_read_stands_still(server
         b.own_pending(["cpu"], "w1")
         b.read(["cpu"], "w1", count=9, block_ms=1)
         assert b.last_read > before
+
+
+def test_19_every_thread_that_finishes_on_a_frozen_redis_gets_the_error_and_can_try_again(server):
+    with Bridge(server.url, command_s=0.4) as b:
+        b.publish_many([("cpu", "normal", msg(str(k))) for k in range(8)])
+        held, failed = b.read(["cpu"], "w1", count=8), []
+        os.kill(server.process.pid, signal.SIGSTOP)
+        threads = [threading.Thread(target=lambda e=e: failed.append(_error(lambda: b.finish(e)))) for e in held]
+        for t in threads: t.start()
+        for t in threads: t.join(20)
+        assert [type(o) for o in failed] == [ServiceUnavailable] * 8
+        os.kill(server.process.pid, signal.SIGCONT)
+        for e in held: b.finish(e)
+        assert b.own_pending(["cpu"], "w1") == [] and b.has_entries([(o.stream, o.id) for o in held]) == [False] * 8
+
+
+def test_a_hint_that_is_no_json_harms_only_its_own_caller(real):
+    real.publish("cpu", "normal", msg("a"))
+    mine, = real.read(["cpu"], "w1")
+    with pytest.raises(TypeError): real.finish(mine, {"job": object()})
+    assert real.finish(mine, {"job": "j", "key": "a"}) is True
 
 
 def test_a_restarted_redis_goes_on_where_it_was(server):

@@ -28,7 +28,7 @@ from myspinbot.core import (
     StepTimeout,
 )
 from myspinbot.engine import RunRecord, run_notebook, save_notebook
-from myspinbot.kernels import KernelPool
+from myspinbot.kernels import Kernel, KernelPool
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 IN_MEMORY = {"start_time", "end_time", "duration", "input_path", "output_path", "version"}
@@ -229,6 +229,38 @@ def test_many_runs_of_one_kernel_stay_equal_and_its_memory_flat(pool: KernelPool
         if i in (20, 79): sizes.append(psutil.Process(r.kernel["pid"]).memory_info().rss)
     assert r.kernel["runs"] == 80
     assert sizes[1] < sizes[0] * 1.1
+
+
+def test_warm_kernel_keeps_nothing_of_the_source_of_an_earlier_run(pool: KernelPool, run):
+    assert run("ok_three_cells", dict(n=123456789), family="source").ok
+    kernel = pool.acquire("source")
+    try: reply = kernel.request("", silent=True, expression="[len(get_ipython().history_manager.db_input_cache), "
+                                "len(get_ipython().kernel.session.digest_history) < 5]")
+    finally: pool.release(kernel)
+    assert kernel.runs == 2 and reply["user_expressions"]["spin"]["data"]["text/plain"] == "[0, True]"
+
+
+def test_a_run_sends_one_request_a_cell_straight_to_the_main_thread(pool: KernelPool, run, monkeypatch):
+    sent, send = [], Kernel.send
+    monkeypatch.setattr(Kernel, "send", lambda self, code, **kw: sent.append(code) or send(self, code, **kw))
+    run("ok_three_cells", family="ways")
+    assert [o for o in sent if o] == ["n: int = 1  # any number", "n += 1", "print('n is', n)\nn"]
+    assert len(sent) - 3 <= 2  # a new kernel's baseline, and the reset beside
+    kernel, seen = pool.acquire("ways"), []
+    threads = "import threading; print(*[t.name for t in threading.enumerate()], sep='|')"
+    try: kernel.request(threads, on_message=seen.append)
+    finally: pool.release(kernel)
+    assert {"MainThread", "IOPub"} <= set(seen[1]["content"]["text"].strip().split("|"))
+    assert "Shell channel" not in seen[1]["content"]["text"]
+    assert [m["msg_type"] for m in seen] == ["execute_input", "stream", "status"]
+
+
+def test_interrupt_in_the_middle_of_output_leaves_no_half_message(run):
+    for _ in range(6):
+        began = time.monotonic()
+        r = run("prints_until_stopped", timeout_s=0.2, grace_s=30, max_mb=0.2)
+        assert type(r.error) is StepTimeout and time.monotonic() - began < 25
+        assert cells(r)[-1].outputs[-1].ename == "KeyboardInterrupt"  # it answered: no rung above the interrupt was needed
 
 
 def test_kernel_is_replaced_after_an_error(run):

@@ -56,6 +56,12 @@ def test_the_larger_of_two_faces_is_taken_and_noted():
     assert prepare_portrait(both, face=0, upscaler="none").landmarks.source["box"][2] < 300
 
 
+@pytest.mark.parametrize("left, right", [(0, 512), (60, 400), (100, 420), (90, 380)])
+def test_a_face_is_its_copys_equal_wherever_it_stands(left: int, right: int):
+    both = np.hstack([portraits.astronaut()[:, left:right]] * 2)
+    with pytest.raises(InputError, match="2 equally good faces"): prepare_portrait(both, upscaler="none")
+
+
 def test_two_equal_faces_are_a_question_for_the_user():
     both = np.hstack([portraits.astronaut()[:260]] * 2)
     with pytest.raises(InputError, match=r"2 equally good faces.*box \[.*face=0, 1"): prepare_portrait(both)

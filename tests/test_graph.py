@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image as Picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -259,7 +260,7 @@ def test_parameters_from_text() -> None:
 
 
 def test_files_go_to_the_store_once_and_artifacts_take_their_place(p: Pipeline, cat: Catalogue, tmp_path: Path) -> None:
-    for n in ("a", "b"): (tmp_path / f"{n}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + n.encode())
+    for n, colour in dict(a="red", b="blue").items(): Picture.new("RGB", (4, 4), colour).save(tmp_path / f"{n}.png")
     a, b = str(tmp_path / "a.png"), str(tmp_path / "b.png")
     p.param("faces", list[Image])
     p.step("gt.read", image=a, hint=a)

@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("nbs", "pipelines", "dashboards")
 HEAVY = ("torch", "dlib", "av", "cv2", "onnx", "onnxruntime", "piper", "ncnn", "skimage", "scipy", "matplotlib",
-         "psycopg", "redis", "minio", "langgraph", "papermill", "fastapi", "uvicorn", "boto3", "playwright")
+         "psycopg", "redis", "minio", "langgraph", "papermill", "fastapi", "uvicorn", "boto3", "playwright", "numpy", "PIL",
+         "zmq", "nbclient", "ipykernel")
 
 
 def notebooks(*folders: str) -> list[Path]:
@@ -80,7 +81,8 @@ def test_layers_hold() -> None:
     tool("lint-imports", "--no-cache")
 
 
-@pytest.mark.parametrize("module", ["myspinbot", "myspinbot.schema", "myspinbot.catalogue", "myspinbot.plan"])
+@pytest.mark.parametrize("module", ["myspinbot", "myspinbot.schema", "myspinbot.catalogue", "myspinbot.plan", "myspinbot.ui",
+                                    "myspinbot.client", "myspinbot.worker", "myspinbot.cli"])
 def test_import_loads_nothing_heavy(module: str) -> None:
     code = (f"import sys, time; t = time.perf_counter(); import {module}; dt = time.perf_counter() - t; "
             f"print(sorted(set({HEAVY!r}) & set(sys.modules)), dt)")

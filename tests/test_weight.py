@@ -1,0 +1,24 @@
+"What an idle worker holds in memory: its servers' clients, and nothing that only a running notebook needs."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+LATER = ("papermill", "nbclient", "ipykernel", "zmq", "IPython", "langgraph", "numpy", "PIL", "cv2", "torch", "av", "minio",
+         "matplotlib", "fastapi", "uvicorn")
+CONNECT = f"""
+import sys
+from myspinbot.client import Client
+from myspinbot.worker import Worker
+with Client() as c:
+    w = Worker(c.journal, c.bridge, c.events, c.store, c.catalogue, "weight:0", c.cfg)
+    assert w.pending(__import__("threading").Event()) == []
+    print(sorted(set({LATER!r}) & set(sys.modules)))
+"""
+
+
+def test_idle_worker_loads_nothing_that_only_a_running_notebook_needs(tmp_path: Path, redis_url: str, postgres_url: str):
+    env = os.environ | dict(SPIN_HOME=str(tmp_path), SPIN_REDIS_URL=redis_url, SPIN_POSTGRES_URL=postgres_url)
+    done = subprocess.run([sys.executable, "-c", CONNECT], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "[]"

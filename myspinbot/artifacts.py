@@ -7,10 +7,10 @@ __all__ = ['MAGIC', 'BY_NAME', 'media_type_of', 'Store', 'safe_name', 'check_sha
            'copy_hashed', 'LocalStore', 'place', 'S3Store', 'HashedReader', 'open_store']
 
 # %% ../nbs/13_artifacts.ipynb #ebb2ecfe
-import hashlib, mimetypes, os, re, secrets, shutil, tempfile
+import errno, hashlib, mimetypes, os, re, secrets, shutil, tempfile, time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -84,18 +84,20 @@ def readable(path: str | Path) -> Path:
 # %% ../nbs/13_artifacts.ipynb #e40f4eeb
 def disk_error(folder: Path, e: OSError) -> ServiceUnavailable:
     "A disk that does not take a file, as our error."
-    return ServiceUnavailable(f"Cannot write {folder}: {e.strerror or e}.",
-                              "Is the disk full, or the folder not yours?",
+    full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+    return ServiceUnavailable(f"Cannot write {folder}: {'the disk is full' if full else e.strerror or e}.",
+                              "Make room there, then retry." if full else "Is the folder there, and yours?",
                               errno=e.errno or 0)
 
 @contextmanager
 def whole_file(
     path: Path,  # where the file shall appear
+    parts: Path | None = None,  # where it is unfinished: a folder of the same file system; None: beside it
 ) -> Iterator[BinaryIO]:
     "Write a file that appears only when it is complete; raises `ServiceUnavailable` when the disk does not take it."
-    tmp = path.parent / f".{path.name[:60]}.{secrets.token_hex(4)}{process_tag()}.part"
+    tmp = (parts or path.parent) / f".{path.name[:60]}.{secrets.token_hex(4)}{process_tag()}.part"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for d in (path.parent, tmp.parent): d.mkdir(parents=True, exist_ok=True)
         with open(tmp, "xb") as f:
             yield f
             f.flush()
@@ -145,6 +147,7 @@ class LocalStore:
                 target.parent.mkdir(exist_ok=True)
                 tmp.chmod(0o444)
                 os.replace(tmp, target)
+        except OSError as e: raise disk_error(self.root, e) from e
         finally: tmp.unlink(missing_ok=True)
         return Artifact(sha256=sha256, size=size, media_type=media_type or media_type_of(head, name),
                         name=safe_name(name))
@@ -230,6 +233,7 @@ class S3Store:
         cache_dir: str | Path | None = None,  # fetched blobs are kept here
         cache_gb: float = 20.0,      # the longest unused ones go above this size
         timeout_s: float = 30.0,     # for one answer
+        stale_s: float = 86400.0,    # an unfinished upload older than this belongs to nobody
     ):
         import urllib3
         from minio import Minio
@@ -240,6 +244,7 @@ class S3Store:
                             region=region, http_client=http)
         self.where, self.bucket = f"{'https' if secure else 'http'}://{endpoint}/{bucket}", bucket
         self.prefix, self.made = f"{prefix.strip('/')}/".lstrip("/"), False
+        self.stale_s, self.next_look = stale_s, 0.0
         self.cache, self.cache_bytes = LocalStore(cache_dir) if cache_dir else None, int(cache_gb * 1e9)
 
     def object(self, sha256: str) -> str: return f"{self.prefix}{check_sha(sha256)[:2]}/{sha256[2:]}"
@@ -314,12 +319,12 @@ def put_bytes(self: S3Store, data: bytes, media_type: str | None = None, name: s
 
 # %% ../nbs/13_artifacts.ipynb #e01de4ff
 @patch
-def download(self: S3Store, artifact: Artifact, path: Path) -> None:
+def download(self: S3Store, artifact: Artifact, path: Path, parts: Path | None = None) -> None:
     "Write a blob to a file that appears when its hash is right; raises `NotFound`."
     import urllib3
     r = self.call(self.client.get_object, object_name=self.object(artifact.sha256))
     try:
-        with whole_file(path) as f:
+        with whole_file(path, parts) as f:
             try: sha256, size, _ = copy_hashed(r, f)
             except urllib3.exceptions.HTTPError as e:
                 raise ServiceUnavailable(f"{self.where} broke off a download: {e}.", "Try again.") from e
@@ -340,7 +345,7 @@ def fetch(self: S3Store, artifact: Artifact, folder: str | Path, name: str | Non
         return target
     blob = self.cache.path(artifact.sha256)
     if not self.cache.has(blob, artifact.size):
-        self.download(artifact, blob)
+        self.download(artifact, blob, self.cache.root / "tmp")  # where `sweep` looks
         blob.chmod(0o444)
         self.trim_cache(keep=artifact)
     try:
@@ -395,10 +400,34 @@ def list(self: S3Store) -> Iterator[str]:
         name = o.object_name.removeprefix(self.prefix).replace("/", "")
         if len(name) == 64: yield name
 
+# %% ../nbs/13_artifacts.ipynb #5a7c01de
+@patch
+def unfinished(self: S3Store) -> Iterator[tuple[str, str, datetime]]:  # object, upload id, when it was begun
+    "Every upload in parts under our prefix that was neither completed nor aborted."
+    # the SDK has no public call for this, and its result loses the second marker: several uploads of one object that
+    # do not fit on one page are seen in the next round
+    marker: str | None = None
+    while True:
+        page = self.call(self.client._list_multipart_uploads, prefix=self.prefix, key_marker=marker)
+        for o in page.uploads: yield o.object_name, o.upload_id, o.initiated_time
+        if not page.is_truncated or page.next_key_marker in (None, marker): return
+        marker = page.next_key_marker
+
 @patch
 def sweep(self: S3Store) -> int:
-    "Remove the unfinished files of writers that died from the cache."
-    return self.cache.sweep() if self.cache else 0
+    "Remove what writers that died left: files in the cache, and, at most once an hour, parts of uploads."
+    n = self.cache.sweep() if self.cache else 0
+    if time.monotonic() < self.next_look: return n
+    self.next_look = time.monotonic() + min(3600.0, self.stale_s)
+    before = datetime.now(UTC) - timedelta(seconds=self.stale_s)
+    with suppress(NotFound, ConfigError):  # no bucket yet; a key that may store but not list
+        for name, upload, begun in tuple(self.unfinished()):
+            if begun > before: continue
+            try: self.call(self.client._abort_multipart_upload, object_name=name, upload_id=upload)
+            except ServiceUnavailable as e:
+                if "NoSuchUpload" not in str(e): raise  # completed just now, or another process was faster
+            else: n += 1
+    return n
 
 # %% ../nbs/13_artifacts.ipynb #5cb0158b
 def open_store(
@@ -421,9 +450,10 @@ def open_store(
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
         raise ConfigError(f"Not a bucket name: {bucket!r}.", "Use 3 to 63 characters a-z, 0-9, dot and hyphen.")
     opts = {k: v[-1] for k, v in parse_qs(u.query).items()}
-    if opts.keys() - {"secure", "region"}:
-        raise ConfigError(f"Unknown options in the store URL: {sorted(opts.keys() - {'secure', 'region'})}.",
-                          "Known: secure, region.")
+    if unknown := sorted(opts.keys() - {"secure", "region", "stale_s"}):
+        raise ConfigError(f"Unknown options in the store URL: {unknown}.", "Known: secure, region, stale_s.")
+    try: stale_s = float(opts.get("stale_s", 86400))
+    except ValueError: raise ConfigError(f"Not a number of seconds: stale_s={opts['stale_s']}.") from None
     return S3Store(u.netloc.rpartition("@")[2], bucket, unquote(u.username or ""), unquote(u.password or ""), prefix,
                    secure=opts.get("secure", "true").lower() not in ("false", "0", "no"),
-                   region=opts.get("region", "us-east-1"), cache_dir=cache_dir)
+                   region=opts.get("region", "us-east-1"), cache_dir=cache_dir, stale_s=stale_s)

@@ -14,7 +14,7 @@ from typing import Any, IO
 import psutil, structlog
 
 from .client import service_settings
-from .core import Conflict, ServiceUnavailable, Settings, settings
+from .core import Conflict, ServiceUnavailable, Settings, SpinError, settings
 from .embedded import Embedded
 
 log = structlog.get_logger("myspinbot.services")
@@ -76,6 +76,7 @@ class Stack:
         self.cfg = cfg or settings()
         self.workers, self.dashboards = self.cfg.workers if workers is None else workers, dashboards
         self.embedded, self.children, self.lock, self.env = Embedded(self.cfg.home), [], None, {}
+        self.next_servers, self.servers_wait = 0.0, 0.5  # when to look at the servers, and how long to wait after a start
 
     @property
     def state_file(self) -> Path: return self.cfg.home / "up.json"
@@ -150,8 +151,9 @@ from fastcore.basics import patch
 
 @patch
 def watch(self: Stack, stop: threading.Event) -> None:
-    "Restart children that end, until told to stop; one that ends five times in a minute is left, with a word."
+    "Restart children and servers that end, until told to stop; a child that ends five times in a minute is left."
     while not stop.wait(0.3):
+        self.look_at_servers()
         for c in self.children:
             if c.proc is None or c.proc.poll() is None: continue
             recent = [t for t in c.starts if t > time.monotonic() - 60]
@@ -162,6 +164,19 @@ def watch(self: Stack, stop: threading.Event) -> None:
                 continue
             log.warning("child ended, starting it again", child=c.name, code=c.proc.returncode)
             self.spawn(c)
+
+@patch
+def look_at_servers(self: Stack) -> None:
+    "Start an embedded server again that has ended; one that cannot start (a full disk) is tried more and more rarely."
+    if (self.cfg.redis_url and self.cfg.postgres_url) or time.monotonic() < self.next_servers: return
+    if self.embedded.redis_process() and self.embedded.postgres_process():
+        self.servers_wait = 0.5
+        return
+    log.warning("a server ended, starting it again")
+    try: self.embedded.start()
+    except (SpinError, OSError) as e: log.error("servers do not start; trying again", error=str(e))
+    self.servers_wait = min(15.0, self.servers_wait * 2)
+    self.next_servers = time.monotonic() + self.servers_wait
 
 @patch
 def stop(self: Stack, timeout_s: float = 40.0) -> None:

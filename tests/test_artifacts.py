@@ -10,9 +10,13 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "faults"))
+from s3_front import S3Front
 
 from myspinbot.artifacts import LocalStore, S3Store, media_type_of, open_store
 from myspinbot.core import ConfigError, InputError, NotFound, ServiceUnavailable, hash_bytes, process_tag
@@ -193,6 +197,51 @@ def test_cache_is_used_and_bounded(s3_server, tmp_path):
     assert store.fetch(found[-1], tmp_path / "again").read_bytes() == b"\4" * 1000
 
 
+def begin_upload(store: S3Store, data: bytes) -> str:
+    "The first half of an upload in parts; its object name."
+    name = store.object(hash_bytes(data))
+    store.make_bucket()
+    id = store.client._create_multipart_upload(store.bucket, name, {})
+    store.client._upload_part(store.bucket, name, data, None, id, 1)
+    return name
+
+
+def test_unfinished_uploads_that_are_old_are_aborted_page_by_page(s3_server):
+    front = S3Front(s3_server)
+    front.page = 2
+    try:
+        store, other = (open_store(f"s3://k:s@{front.endpoint}/parts/{o}?secure=false&stale_s=100") for o in "ab")
+        kept = store.put_bytes(PNG)
+        old = {begin_upload(store, bytes([i])) for i in range(5)}
+        foreign = begin_upload(other, b"another prefix")
+        for id in front.begun: front.begun[id] -= timedelta(seconds=101)
+        young = begin_upload(store, b"a living writer's")
+        assert {o[0] for o in store.unfinished()} == old | {young}
+        assert (store.sweep(), [o[0] for o in store.unfinished()]) == (5, [young])
+        assert [o[0] for o in other.unfinished()] == [foreign] and list(store.list()) == [kept.sha256]
+        for id in front.begun: front.begun[id] -= timedelta(seconds=101)
+        assert store.sweep() == 0  # it has looked a moment ago
+        assert open_store(f"s3://k:s@{front.endpoint}/nobody?secure=false").sweep() == 0
+    finally: front.down()
+
+
+def test_what_a_killed_download_left_in_the_cache_is_swept(s3_server, tmp_path):
+    store = open_store(f"s3://k:s@{s3_server}/halves?secure=false", tmp_path / "cache")
+    a = store.put_bytes(os.urandom(3 << 20))
+    code = f"""
+import os, signal
+from myspinbot import artifacts
+from myspinbot.schema import Artifact
+artifacts.copy_hashed = lambda source, target: target.write(source.read(1 << 20)) and os.kill(os.getpid(), signal.SIGKILL)
+store = artifacts.open_store({f"s3://k:s@{s3_server}/halves?secure=false"!r}, {str(tmp_path / "cache")!r})
+store.fetch(Artifact(sha256={a.sha256!r}, size={a.size}), {str(tmp_path / "out")!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    assert len(leftovers(tmp_path)) == 1
+    assert store.sweep() == 1 and not leftovers(tmp_path)
+    assert store.fetch(a, tmp_path / "out").stat().st_size == a.size
+
+
 def test_server_away_or_refusing_is_told_apart():
     away = open_store("s3://k:s@127.0.0.1:9/away?secure=false")
     with pytest.raises(ServiceUnavailable, match=r"127\.0\.0\.1:9/away does not answer"): away.put_bytes(b"x")
@@ -260,7 +309,7 @@ def test_store_urls_are_checked(tmp_path):
     assert open_store(f"file://{tmp_path}/a%20b").root == tmp_path / "a b"
     s = open_store("s3://k:p%40ss@minio:9000/bucket?secure=false&region=eu-west-1")
     assert (s.where, s.prefix) == ("http://minio:9000/bucket", "")
-    for bad in ("s3://host/bucket?secrue=false", "s3://host", "s3://host/B_", "gopher://x", "file://"):
+    for bad in ("s3://host/bucket?secrue=false", "s3://host/bucket?stale_s=soon", "s3://host", "s3://host/B_", "gopher://x", "file://"):
         with pytest.raises(ConfigError): open_store(bad)
 
 

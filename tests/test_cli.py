@@ -11,6 +11,8 @@ import psutil
 import pytest
 from farm import wait_for
 
+from myspinbot.embedded import Embedded
+
 ROOT = Path(__file__).parent.parent
 TOYS = ROOT / "tests" / "pipelines"
 
@@ -136,6 +138,27 @@ def test_up_joins_drains_and_recovers_from_a_crash(tmp_path):
     _, alive = psutil.wait_procs(mine, timeout=10)
     assert not alive, alive
     assert "Nothing was up" in run(env, "down").stdout
+
+
+def test_up_starts_a_killed_redis_and_postgres_again(tmp_path):
+    env = os.environ | dict(SPIN_HOME=str(tmp_path / "spin"), SPIN_PIPELINES_DIR=str(TOYS), SPIN_CONTROL_PORT="0",
+        SPIN_WITNESS=str(tmp_path / "w"))
+    p = subprocess.Popen([sys.executable, "-m", "myspinbot.cli", "up", "--json", "--no-dashboards"], env=env,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    servers = Embedded(tmp_path / "spin")
+    try:
+        json.loads(p.stdout.readline())
+        for which in (servers.redis_process, servers.postgres_process):
+            (old := which()).kill()
+            wait_for("the servers are back", lambda which=which, old=old: (new := which()) and new.pid != old.pid
+                     and servers.running(), 90)
+            ask = [sys.executable, "-m", "myspinbot.cli", "jobs"]  # PostgreSQL answers before it has replayed its log
+            wait_for("the journal answers", lambda: subprocess.run(ask, env=env, capture_output=True).returncode == 0, 90)
+            assert last_json(run(env, "submit", "fan", "--wait", "--json"))["status"] == "succeeded"
+    finally:
+        p.send_signal(signal.SIGINT)
+        assert p.wait(90) == 0
+    assert servers.running() is None and not servers.redis_process() and not servers.postgres_process()
 
 
 def test_demo_leaves_no_service_and_makes_a_video(tmp_path):

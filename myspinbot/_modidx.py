@@ -1287,7 +1287,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'myspinbot.worker.Worker.__init__': ('worker.html#worker.__init__', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.beat': ('worker.html#worker.beat', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.bury': ('worker.html#worker.bury', 'myspinbot/worker.py'),
-                                  'myspinbot.worker.Worker.consumes': ('worker.html#worker.consumes', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.drain': ('worker.html#worker.drain', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.execute': ('worker.html#worker.execute', 'myspinbot/worker.py'),
                                   'myspinbot.worker.Worker.forward': ('worker.html#worker.forward', 'myspinbot/worker.py'),

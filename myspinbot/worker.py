@@ -205,16 +205,13 @@ def keep_entries(self: Worker, stop: threading.Event) -> None:
 
 # %% ../nbs/24_worker.ipynb #c0a9d5e2
 @patch
-def consumes(self: Worker) -> bool:
-    "Does the loop go round? With full slots it does, too."
-    return time.monotonic() - self.turned < max(STUCK_S, 4 * self.cfg.lease_s)
-
-@patch
 def watch(self: Worker, stop: threading.Event) -> None:
-    "End the process of a worker that takes no work any more, until told to stop."
-    while not stop.wait(1.0):
-        if self.consumes(): continue
-        log.critical("the loop stands still: this worker ends", name=self.name, still_s=round(time.monotonic() - self.turned))
+    "End the process of a worker whose loop stands still, until told to stop."
+    still, seen = 0, self.turned
+    while not stop.wait(1.0):  # own seconds are counted: a process that was frozen as a whole gets its time
+        still, seen = (still + 1 if self.turned == seen < float("inf") else 0), self.turned
+        if still < max(STUCK_S, 4 * self.cfg.lease_s): continue
+        log.critical("the loop stands still: this worker ends", name=self.name, seconds=still)
         return self.on_stuck()
 
 @patch

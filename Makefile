@@ -71,4 +71,5 @@ $(VENV)/.installed: $(META) | $(VENV)/bin/python
 
 $(VENV)/.dev: $(META) | $(VENV)/bin/python
 	$(call pip_install,.[dev])
+	@$(BIN)/python -m bash_kernel.install --sys-prefix >/dev/null 2>&1  # a kernel of another language, for the engine's tests
 	@touch $@ $(VENV)/.installed

@@ -25,13 +25,14 @@ def wait_for(what: str, fn: Callable[[], Any], timeout_s: float = 60.0) -> Any:
 
 class Farm:
     "Control and worker processes that a test starts, kills and looks into."
-    def __init__(self, home: Path, redis_url: str, postgres_url: str, pipelines: Path, lease_s: float = 3.0):
+    def __init__(self, home: Path, redis_url: str, postgres_url: str, pipelines: Path, lease_s: float = 3.0,
+        store_url: str = ""):
         from myspinbot.catalogue import Catalogue
         self.home, self.procs, self.logs = home, {}, home / "logs"
         self.logs.mkdir(parents=True)
         self.witness = home / "witness.txt"
         self.cfg = Settings(home=home, redis_url=redis_url, postgres_url=postgres_url,
-            store_url=(home / "store").as_uri(), pipelines_dir=str(pipelines),
+            store_url=store_url or (home / "store").as_uri(), pipelines_dir=str(pipelines),
                             lease_s=lease_s, scan_s=0.5, control_port=0)
         self.env = os.environ | dict(SPIN_HOME=str(home), SPIN_REDIS_URL=redis_url, SPIN_POSTGRES_URL=postgres_url,
             SPIN_STORE_URL=self.cfg.store_url,

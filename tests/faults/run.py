@@ -33,16 +33,17 @@ class Fault:
     scenario: Callable[[World, random.Random], Any]
     short: bool               # part of `make test`?
     options: dict[str, Any]   # for `World`
+    world: Callable[..., Any] = World  # what makes it
 
 
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(name: str, short: bool = False, **options: Any) -> Callable:
+def fault(name: str, short: bool = False, world: Callable[..., Any] = World, **options: Any) -> Callable:
     "Register a scenario: a function of a world and a seeded random generator."
     def add(fn: Callable) -> Callable:
         if name in FAULTS: raise ValueError(f"two faults are named {name!r}")
-        FAULTS[name] = Fault(name, fn, short, options)
+        FAULTS[name] = Fault(name, fn, short, options, world)
         return fn
     return add
 
@@ -58,7 +59,7 @@ def run_one(f: Fault, seed: int) -> Report:
     "One world, one scenario, the invariants; never raises."
     report, began = Report(f.name, seed), time.monotonic()
     try:
-        with World(seed, report=report, **f.options) as w:
+        with f.world(seed, report=report, **f.options) as w:
             f.scenario(w, w.rng)
             w.settle()
     except Exception as e:

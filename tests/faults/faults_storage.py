@@ -181,6 +181,8 @@ def postgres_full(w: DiskWorld, rng: random.Random) -> None:
         try: w.accepted.append(w.client.submit(graph, {}, idempotency_key=key).id)
         except SpinError as e: refused, again = str(e), (graph, key)
     if not refused: w.violate(f"a full disk was never met: {len(w.accepted)} jobs")
+    elif not any(o in refused for o in ("No space left", "does not answer")): w.violate(f"not clear: {refused}")
+    print(f"a full disk: {refused}")
     time.sleep(rng.uniform(0.5, 2.0))
     d.room()
     w.servers.start()

@@ -35,7 +35,7 @@ readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
 
 faults: $(VENV)/.dev  ## every fault with a list of seeds, then the simulation; a table each (FAULTS="--only Redis --seeds 7")
 	$(BIN)/python tests/faults/run.py $(FAULTS)
-	$(BIN)/python tests/faults/simulate.py $(SIMULATE)
+	$(BIN)/python tests/faults/simulate.py $(or $(SIMULATE),--schedules 100000 --processes 2)
 
 bench: $(VENV)/.dev  ## speed and memory, the peers beside; one table (BENCH=flow: only that part)
 	$(BIN)/python tests/bench/run.py $(BENCH)
@@ -71,4 +71,5 @@ $(VENV)/.installed: $(META) | $(VENV)/bin/python
 
 $(VENV)/.dev: $(META) | $(VENV)/bin/python
 	$(call pip_install,.[dev])
+	@$(BIN)/python -m bash_kernel.install --sys-prefix >/dev/null 2>&1  # a kernel of another language, for the engine's tests
 	@touch $@ $(VENV)/.installed

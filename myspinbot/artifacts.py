@@ -238,7 +238,7 @@ class S3Store:
         import urllib3
         from minio import Minio
         http = urllib3.PoolManager(maxsize=16, timeout=urllib3.Timeout(connect=5.0, read=timeout_s),
-                                   retries=urllib3.Retry(total=3, backoff_factor=0.2,
+                                   retries=urllib3.Retry(total=3, read=1, backoff_factor=0.2,
                                                          status_forcelist=(500, 502, 503, 504)))
         self.client = Minio(endpoint=endpoint, access_key=key or None, secret_key=secret or None, secure=secure,
                             region=region, http_client=http)

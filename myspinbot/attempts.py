@@ -35,9 +35,9 @@ class Attempts:
         size: int = 12,  # connections at most
     ): self.connections = Connections(url, size)
 
-    def rows(self, sql: str, **params: Any) -> list[dict[str, Any]]:
+    def rows(self, sql: str, reply_s: float | None = None, **params: Any) -> list[dict[str, Any]]:
         "Run one statement."
-        return self.connections.run(lambda c: c.execute(sql, params).fetchall())
+        return self.connections.run(lambda c: c.execute(sql, params).fetchall(), reply_s)
 
     def row(self, sql: str, **params: Any) -> dict[str, Any] | None:
         "Run one statement that gives at most one row."
@@ -211,7 +211,7 @@ def renew_steps(self: Attempts,
         SELECT w.*, CASE WHEN u.job IS NOT NULL THEN 'ok' WHEN step.status = 'cancelled' THEN 'cancelled'
           ELSE 'lost' END AS state
         FROM w LEFT JOIN u USING (job, key, attempt) LEFT JOIN step USING (job, key)""",
-        jobs=jobs, keys=keys, attempts=attempts, lease=float(lease_s))
+        reply_s=max(1.0, lease_s / 3), jobs=jobs, keys=keys, attempts=attempts, lease=float(lease_s))
     return {(r["job"], r["key"], r["attempt"]): r["state"] for r in rows}
 
 # %% ../nbs/14_attempts.ipynb #6aedb73d

@@ -124,10 +124,14 @@ class ClockWatch:
         self.until = 0.0                  # when leases can be judged again
 
     def steady(self) -> bool:
-        "Look at the clock; false for the length of a lease after it jumped."
+        "Look at the clock; false for the length of a lease after it jumped, and after the database was away."
         began = time.monotonic()
-        there, here = self.now(), time.monotonic()
-        if here - began < self.lease_s / 6:  # a slow answer tells nothing about the clock
+        try: there, here = self.now(), time.monotonic()
+        except ServiceUnavailable:
+            self.until = time.monotonic() + self.lease_s
+            raise
+        if here - began > self.lease_s / 3: self.until = here + self.lease_s
+        elif here - began < self.lease_s / 6:  # a slow answer tells nothing about the clock
             offset = there - here
             if self.offset is not None and abs(offset - self.offset) > self.lease_s / 3:
                 log.warning("the database's clock jumped; no lease is judged for a while", seconds=round(offset - self.offset))
@@ -152,7 +156,7 @@ class Conductor:
         self.full, self.wake = False, asyncio.Event()  # were there more jobs than fitted? look for jobs now
         self.specs: dict[str, StepSpec] = {}
         self.functions: dict[str, Callable] = {}
-        self.looked = -1.0
+        self.looked = self.said = float("-inf")  # when the catalogue was read, when a server's absence was logged
         self.checked: Place | None = None  # how far the reconciler has looked at entries
         self.clock = ClockWatch(journal.now, self.cfg.lease_s)
         self.find, self.write = Batch(self.find_many), Batch(journal.record_steps)
@@ -163,7 +167,8 @@ class Conductor:
         while True:
             try: return await asyncio.to_thread(fn, *args, **kw)
             except ServiceUnavailable as e:
-                log.warning("journal does not answer, waiting", error=str(e))
+                if time.monotonic() > self.said + 1.0: log.warning("no answer, waiting", error=str(e))
+                self.said = time.monotonic()
                 await asyncio.sleep(1.0)
 
     def tell(self, job: str, kind: str, key: str = "", **body: Any) -> None:
@@ -420,7 +425,10 @@ def read_hints(self: Conductor, stop: threading.Event, loop: asyncio.AbstractEve
             if self.bridge.read_jobs(self.name, 500): loop.call_soon_threadsafe(self.wake.set)
         except ServiceUnavailable as e:
             log.warning("Redis does not answer", error=str(e))
-            stop.wait(self.cfg.scan_s)
+            stop.wait(max(1.0, self.cfg.scan_s))
+        except Exception as e:
+            log.error("reading hints failed; trying again", exc_info=e)
+            stop.wait(max(1.0, self.cfg.scan_s))
 
 @patch
 async def reconcile_loop(self: Conductor) -> None:
@@ -428,6 +436,7 @@ async def reconcile_loop(self: Conductor) -> None:
     while True:
         try: await asyncio.to_thread(self.reconcile)
         except ServiceUnavailable as e: log.warning("cannot reconcile now", error=str(e))
+        except Exception as e: log.error("reconciling failed; trying again", exc_info=e)
         await asyncio.sleep(self.cfg.scan_s)
 
 # %% ../nbs/26_conductor.ipynb #26699345

@@ -10,7 +10,7 @@ __all__ = ['REDIS_MIN', 'version_of', 'package_dir', 'find_redis', 'find_postgre
 # %% ../nbs/15_embedded.ipynb #70b55eb7
 import fcntl, json, os, pwd, re, shutil, signal, socket, struct, subprocess, tempfile, time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -349,7 +349,9 @@ def await_postgres(self: Embedded, p: subprocess.Popen | None) -> None:
             p = self.start_postgres()
         else: break
     if not found[-1]:
-        with psycopg.connect(dbname="postgres", **where) as c: c.execute("CREATE DATABASE myspinbot")
+        already = (psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation)  # by a start that was killed meanwhile
+        with psycopg.connect(dbname="postgres", **where) as c, suppress(*already):
+            c.execute("CREATE DATABASE myspinbot")
     with psycopg.connect(dbname="myspinbot", **where) as c: c.execute("CREATE EXTENSION IF NOT EXISTS vector")
 
 # %% ../nbs/15_embedded.ipynb #4c11b8ba

@@ -88,9 +88,10 @@ class Collector:
         kind, content, outs = message["msg_type"], message["content"], self.cell.outputs
         if kind in ("stream", "display_data", "execute_result", "update_display_data"):
             if self.room <= 0: return
-            size = len(content.get("text", "")) + sum(len(str(v)) for v in content.get("data", {}).values())
+            text = content.get("text", "")
+            size = len(text) + 12 * text.count("\n") + sum(len(str(v)) for v in content.get("data", {}).values())
             self.room -= size
-            if self.room <= 0: message = self._cut_off(message, content.get("text", "")[:size + self.room])
+            if self.room <= 0: message = self._cut_off(message, text[:max(0, size + self.room)])
             kind, content = message["msg_type"], message["content"]
         joins = kind == "stream" and outs and outs[-1].get("name") == content["name"] and not self._redirected(message)
         if joins: self._parts.append(content["text"])
@@ -114,13 +115,21 @@ class Collector:
         if self._parts: self.cell.outputs[-1]["text"] += "".join(self._parts)
         self._parts = []
         if self.cell.outputs and self.cell.outputs[-1].get("output_type") == "stream":
-            self.cell.outputs[-1]["text"] = re.sub(r"[^\n]*\r(?=[^\n\r])", "", self.cell.outputs[-1]["text"])
+            self.cell.outputs[-1]["text"] = _overwritten(self.cell.outputs[-1]["text"])
 
     def allows(self, tags: list[str], ename: str | None) -> bool:
         "May the cell fail?"
         c = self.client
         allowed = c.allow_errors or "raises-exception" in tags or ename in c.allow_error_names
         return allowed and not c.force_raise_errors
+
+def _overwritten(text: str) -> str:
+    "Of each line what a terminal would show after its carriage returns; not a regular expression: lines may be huge."
+    if "\r" not in text: return text
+    def last(line: str) -> str:
+        body = line.rstrip("\r")
+        return body[body.rfind("\r") + 1:] + line[len(body):]
+    return "\n".join(map(last, text.split("\n")))
 
 class _Channel:
     "What nbclient's widgets need of a kernel client."
@@ -179,7 +188,9 @@ def run_cell(
         except KernelDied as e: error = watch.error or e
         else:
             cell.execution_count = reply.get("execution_count", cell.execution_count)
-            if "execution" in cell.metadata: cell.metadata.execution["shell.execute_reply"] = _now()
+            if (at := cell.metadata.get("execution")) and collect.client.record_timing:
+                at["shell.execute_reply"] = _now()
+                at.setdefault("iopub.status.busy", at.get("iopub.execute_input"))  # our kernels do not say it themselves
             failed = reply["status"] != "ok" and not collect.allows(tags, reply.get("ename"))
             error = watch.error or (_failure(kernel, reply, index) if failed else None)
         collect.join()
@@ -463,7 +474,7 @@ def _write(nb: Any, path: str) -> None:
     handler = papermill_io.get_handler(path)
     place = Path(getattr(handler, "_cwd", None) or "", path).resolve()
     whole = isinstance(handler, LocalHandler) and os.access(place.parent, os.W_OK)
-    if whole and (place.is_file() or not place.exists()): save_notebook(nb, place, durable=False)
+    if whole and (place.is_file() or not place.exists()): save_notebook(nb, place)
     else: write_ipynb(nb, path)
 
 class _Show:

@@ -22,7 +22,7 @@ class Journal(Attempts):
     "Jobs and their steps in PostgreSQL; sync, and safe to share between threads."
     def migrate(self) -> list[int]:
         "Create or update the tables; any number of processes may call it at once."
-        return self.connections.run(migrate)
+        return self.connections.run(migrate, reply_s=120.0)  # it may build an index, or wait for another's
 
 @patch
 def submit(self: Journal,
@@ -150,7 +150,7 @@ def renew_jobs(self: Journal,
         SELECT w.id, CASE WHEN u.id IS NOT NULL THEN 'ok' WHEN job.status = 'cancelled' THEN 'cancelled'
           ELSE 'lost' END AS state
         FROM w LEFT JOIN u USING (id) LEFT JOIN job USING (id)""",
-        ids=ids, epochs=epochs, owner=owner, lease=float(lease_s))
+        reply_s=max(1.0, lease_s / 3), ids=ids, epochs=epochs, owner=owner, lease=float(lease_s))
     return {r["id"]: r["state"] for r in rows}
 
 @patch

@@ -95,7 +95,7 @@ def over_limit(self: Kernel) -> ResourceLimit | None:
     "Why it must end at once, if it must; children are looked at every fifth of a second."
     look = (now := time.monotonic()) >= self._counted + 0.2
     if look: self._counted = now
-    if look and self.log.exists() and self.log.stat().st_size > LOG_BYTES: os.truncate(self.log, 0)
+    if look: self.trim_log()
     if not self.memory_mb or sys.platform != "linux": return None
     if look: self._group = _descendants(self.pid)
     if (n := len(self._group) - 1) > self.processes:
@@ -105,6 +105,12 @@ def over_limit(self: Kernel) -> ResourceLimit | None:
     if mb <= self.memory_mb or (mb := sum(map(_share_mb, self._group))) <= self.memory_mb: return None
     return ResourceLimit(f"The notebook used {mb:.0f} MB of memory, the limit is {self.memory_mb} MB.",
                          "Use smaller settings, or raise SPIN_KERNEL_MEMORY_MB.", memory_mb=round(mb), limit=self.memory_mb)
+
+@patch
+def trim_log(self: Kernel) -> None:
+    "Begin the log anew when it is too long."
+    with contextlib.suppress(FileNotFoundError):
+        if self.log.stat().st_size > LOG_BYTES: os.truncate(self.log, 0)
 
 def _descendants(pid: int) -> list[int]:
     "A process and all below it."
@@ -388,6 +394,7 @@ def _take_back(self: KernelPool, kernel: Kernel, keep: bool) -> None:
         with contextlib.suppress(KernelDied):
             after = kernel.call("reset()")
             kernel.sources = after["sources"]
+            kernel.trim_log()
             clean = not after["left"] and after["mb"] <= self.max_mb and kernel.current()
     if not clean: self._retire(kernel)
     with self._changed:

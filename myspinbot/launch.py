@@ -167,7 +167,11 @@ def _kernel_app() -> type:
     from ipykernel.ipkernel import IPythonKernel
     from ipykernel.kernelapp import IPKernelApp
     from traitlets import Type
+    class NoThread:  # ipykernel asks it which thread runs a cell with `await`
+        parent_thread = threading.main_thread()
+        def __bool__(self) -> bool: return False
     class Kernel(IPythonKernel):
+        _supports_kernel_subshells = False
         def init_metadata(self, parent: dict[str, Any]) -> dict[str, Any]:
             if due := parent["metadata"].get("spin"): _begin_or_end(**due)
             return super().init_metadata(parent)
@@ -178,7 +182,10 @@ def _kernel_app() -> type:
         def init_control(self, context: Any) -> None:
             super().init_control(context)
             self.shell_channel_thread.io_loop.close()
-            self.shell_channel_thread = None
+            self.shell_channel_thread = NoThread()
+        def init_kernel(self) -> None:
+            super().init_kernel()
+            self.log.setLevel("CRITICAL")  # as its handler is: else each message makes records for nobody
     return App
 
 def _begin_or_end(**due: Any) -> None:
@@ -204,7 +211,7 @@ class Launcher:
         self._socket, theirs = socket.socketpair()
         code = ("import sys; p = sys.path; p[:] = [o for o in p if o]; sys.argv[3] in p or p.append(sys.argv[3]);"
                 "from myspinbot.launch import serve; serve(int(sys.argv[1]), sys.argv[2])")  # not what lies in this folder
-        argv = [sys.executable, "-c", code, str(theirs.fileno()), str(self.folder), str(Path(__file__).parents[1])]
+        argv = [sys.executable, "-c", code, str(theirs.fileno()), str(self.folder), str(_package().parent)]
         self.env = dict(os.environ)  # which the kernels inherit
         with open(self.folder / "launcher.log", "wb") as log:
             self._process = subprocess.Popen(argv, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=log,
@@ -255,10 +262,13 @@ class Launcher:
             self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+def _package() -> Path:
+    import myspinbot
+    return Path(myspinbot.__file__).parent
+
 def source_stamp() -> tuple[int, ...]:
     "Changes when a module that the launcher holds does: a kernel must not run yesterday's code."
-    import myspinbot
-    package = Path(myspinbot.__file__).parent
+    package = _package()
     return tuple(mtime_ns(package / f"{o}.py") for o in ("__init__", "core", "schema", "step", "launch"))
 
 def mtime_ns(path: str | Path) -> int:
@@ -276,7 +286,6 @@ def prepare() -> bool:
     ip = get_ipython()
     _keep_exits()
     ip.events.register("post_execute", _settle)
-    ip.kernel.log.setLevel(logging.CRITICAL)  # as its handler is: else each message makes records for nobody
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     _baseline.update(cwd=os.getcwd(), env=dict(os.environ), path=list(sys.path), argv=list(sys.argv),
         stdout=sys.stdout, stderr=sys.stderr, hook=sys.displayhook, warnings=list(warnings.filters),

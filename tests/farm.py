@@ -41,12 +41,13 @@ class Farm:
                                      SPIN_WITNESS=str(self.witness))
         self.client = Client(self.cfg, Catalogue(pipelines))
 
-    def start(self, name: str, program: Sequence[str] = (sys.executable, "-m", "myspinbot.cli")) -> subprocess.Popen:
+    def start(self, name: str, program: Sequence[str] = (sys.executable, "-m", "myspinbot.cli"),
+              **env: str) -> subprocess.Popen:
         "Start `control`, or a worker under any other name; each life of a name appends to one log."
         args = ["control"] if name.startswith("control") else ["worker", "--name", name]
         said = len(self.log(name))
         with open(self.logs / f"{name}.log", "ab") as log:
-            p = subprocess.Popen([*program, *args], env=self.env, stdout=log, stderr=log, start_new_session=True)
+            p = subprocess.Popen([*program, *args], env=self.env | env, stdout=log, stderr=log, start_new_session=True)
         self.procs[name] = p
         wait_for(f"{name} ready", lambda: "ready" in self.log(name)[said:] or p.poll() is not None)
         assert p.poll() is None, self.log(name)

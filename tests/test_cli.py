@@ -146,14 +146,14 @@ def test_up_starts_a_killed_redis_and_postgres_again(tmp_path):
     p = subprocess.Popen([sys.executable, "-m", "myspinbot.cli", "up", "--json", "--no-dashboards"], env=env,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     servers = Embedded(tmp_path / "spin")
-    ask = [sys.executable, "-m", "myspinbot.cli", "jobs"]  # PostgreSQL answers before it has replayed its log
     try:
         json.loads(p.stdout.readline())
         for which in (servers.redis_process, servers.postgres_process):
             (old := which()).kill()
             wait_for("the servers are back", lambda which=which, old=old: (new := which()) and new.pid != old.pid
                      and servers.running(), 90)
-            wait_for("the journal answers", lambda: subprocess.run(ask, env=env, capture_output=True).returncode == 0, 90)
+            ask = [sys.executable, "-m", "myspinbot.cli", "jobs"]  # PostgreSQL answers before it has replayed its log
+            wait_for("the journal answers", lambda ask=ask: subprocess.run(ask, env=env, capture_output=True).returncode == 0, 90)
             assert last_json(run(env, "submit", "fan", "--wait", "--json"))["status"] == "succeeded"
     finally:
         p.send_signal(signal.SIGINT)

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from myspinbot.core import (
 )
 from myspinbot.engine import RunRecord, run_notebook, save_notebook
 from myspinbot.kernels import Kernel, KernelPool
+from myspinbot.launch import _undisturbed
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 IN_MEMORY = {"start_time", "end_time", "duration", "input_path", "output_path", "version"}
@@ -255,7 +255,18 @@ def test_a_run_sends_one_request_a_cell_straight_to_the_main_thread(pool: Kernel
     assert [m["msg_type"] for m in seen] == ["execute_input", "stream", "status"]
 
 
-def test_interrupt_in_the_middle_of_output_leaves_no_half_message(run):
+def test_interrupt_in_the_middle_of_a_send_waits_for_its_end():
+    sent = []
+    with pytest.raises(KeyboardInterrupt):
+        with _undisturbed():
+            sent.append("one half")
+            signal.raise_signal(signal.SIGINT)
+            sent.append("the other half")
+        sent.append("never")
+    assert sent == ["one half", "the other half"]
+
+
+def test_interrupt_of_a_cell_that_prints_without_pause_is_answered_by_the_cell(run):
     for _ in range(6):
         began = time.monotonic()
         r = run("prints_until_stopped", timeout_s=0.2, grace_s=30, max_mb=0.2)
@@ -344,13 +355,14 @@ def test_killed_launcher_takes_its_kernels_along_and_is_replaced(run, pool: Kern
 
 
 def test_closed_pool_leaves_nothing():
-    before = set(Path(tempfile.gettempdir()).glob("spink*"))
     pool = KernelPool(spare=1)
     kernels = [pool.acquire("a"), pool.acquire("b")]
+    folders = {k.launcher.folder for k in kernels}
+    assert all(o.is_dir() for o in folders)
     pool.release(kernels[0])
     pool.close()
     assert not any(psutil.pid_exists(k.pid) for k in kernels)
-    assert set(Path(tempfile.gettempdir()).glob("spink*")) <= before
+    assert not any(o.exists() for o in folders)
     with pytest.raises(ServiceUnavailable, match="closed"): pool.acquire("a")
 
 

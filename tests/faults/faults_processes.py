@@ -184,6 +184,20 @@ def leases_fail(w: World, rng: random.Random) -> None:
     gate.touch()
 
 
+@fault("loop of a worker hangs")
+def loop_hangs(w: World, rng: random.Random) -> None:
+    "Its heartbeat says it lives, but it takes no work: it ends by itself, and its supervisor would start another one."
+    w.start_victim("w1", "hang: read", rng.randint(2, 4))
+    w.start("control")
+    at = time.time()
+    wait_for("the worker that reads no more ends", lambda: w.procs["w1"].poll() is not None, 60)
+    code = w.procs.pop("w1").returncode
+    if code != 70: w.violate(f"it ended with {code}")
+    w.report.recovery_s.append(time.time() - at)
+    w.start("w1")
+    w.submit(w.chain(1))
+
+
 @fault("SIGSTOP: worker for three leases, then SIGCONT", short=True)
 def worker_frozen(w: World, rng: random.Random) -> None:
     "Its kernel goes on and finishes; what it made is refused, and its artifact stays invisible."
@@ -324,7 +338,7 @@ def other_checkout(w: World, rng: random.Random) -> None:
     changed, lacking = w.home / "changed", w.home / "lacking"
     for d in (changed, lacking): shutil.copytree(mine, d)
     nb = changed / "steps" / "witness_mark.ipynb"
-    nb.write_text(nb.read_text().replace("# some workers are slow", "# changed"))
+    nb.write_text(nb.read_text().replace("maker = dict(", "changed, maker = True, dict("))
     (lacking / "steps" / "witness_mark.ipynb").unlink()
     w.start("control")
     for name, folder in (("changed", changed), ("lacking", lacking)):
@@ -333,8 +347,8 @@ def other_checkout(w: World, rng: random.Random) -> None:
         job = w.submit(w.chain(1))
         w.may_fail.add(job)
         w.quiet()
-        error = w.client.job(job).error
-        if not error["hint"] and "witness.mark" not in error["message"]: w.violate(f"the reason is not told: {error}")
+        error = w.client.job(job).error or dict(message="no error", hint="")
+        if not error["hint"] or "witness.mark" not in error["message"]: w.violate(f"the reason is not told: {error}")
         w.stop(name)
     w.farm.env["SPIN_PIPELINES_DIR"] = str(mine)
 

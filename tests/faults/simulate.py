@@ -242,7 +242,7 @@ PATCHED: list[tuple[Any, str]] = [
     (myspinbot.worker, "time"),
     (myspinbot.worker, "ThreadPoolExecutor"),
     (myspinbot.worker, "Executor"),
-    (myspinbot.worker, "KernelPool"),
+    (myspinbot.worker, "pool_of"),
     (myspinbot.worker, "log"),
     (myspinbot.conductor, "asyncio"),
     (myspinbot.conductor, "threading"),
@@ -489,8 +489,8 @@ class Sim:
         saved = [(m, n, getattr(m, n)) for m, n in PATCHED]
         aio, th = self.asyncio, self.threading
         new = [th, Time(w, server=True), th, Time(w), lambda n, thread_name_prefix="": Pool(w, n),
-               lambda store, *_: Executor(self, store),
-               lambda **_: SILENT, SILENT, aio, th, Time(w), run_graph, lambda _: None, lambda *_: b"{}",
+               lambda store, *_, **__: Executor(self, store),
+               lambda *_: SILENT, SILENT, aio, th, Time(w), run_graph, lambda _: None, lambda *_: b"{}",
                SILENT, aio]
         for (m, n), o in zip(PATCHED, new, strict=True): setattr(m, n, o)
         try:

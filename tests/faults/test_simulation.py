@@ -89,7 +89,7 @@ MUTATIONS = {
     ),
     "a conductor does not renew": (Conductor, "renew", "if held else {}", "if False else {}"),
     "a waiter trusts the hints": (Waiter, "run", "look = set(self.futures)", "look = set()"),
-    "a worker does not renew": (Worker, "beat", "if not held: return", "return"),
+    "a worker does not renew": (Worker, "beat", "if not (held := self.held()): return", "return"),
     "nobody reclaims": (Worker, "take", "old := self.not_running(old)", "False"),
     "a stop means nothing": (Worker, "settle", "if run.stop and", "if False and"),
     "a draining worker forgets to release": (Worker, "settle", 'run.stop == "draining" and', "False and"),

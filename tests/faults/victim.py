@@ -2,7 +2,8 @@
 
 Product code has no hooks for this: the point is a call of the product's own, and the process dies right before or right after
 its n-th time with something in it. What stands between two calls is covered by the points on both sides of it. A point that
-starts with `raise:` fails with an exception that nobody expects there, from the n-th time on, instead of killing.
+starts with `raise:` fails with an exception that nobody expects there, from the n-th time on, instead of killing; one that
+starts with `hang:` never returns.
 """
 import os
 import signal
@@ -33,6 +34,7 @@ POINTS: dict[str, tuple[str, str, str, str]] = {
     "worker after commit": ("attempts", "Attempts", "commit_step", "after"),
     "worker before acknowledge": ("bridge", "Bridge", "finish", "before"),
     "worker after acknowledge": ("bridge", "Bridge", "finish", "after"),
+    "hang: read": ("bridge", "Bridge", "read", "before"),
     "raise: heartbeat": ("attempts", "Attempts", "renew_steps", "before"),
     "raise: leases": ("journal", "Journal", "renew_jobs", "before"),
 }
@@ -46,6 +48,7 @@ def dying(method: Callable, point: str, when: str, nth: int) -> Callable:
         if point.startswith(("reconciler", "conductor")) and point.startswith("reconciler") != getattr(reconciling, "now", False):
             return
         left[0] -= 1
+        if left[0] <= 0 and point.startswith("hang:"): threading.Event().wait()
         if left[0] <= 0 and point.startswith("raise:"): raise RuntimeError(f"a test makes the {point[7:]} fail")
         if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)
     @wraps(method)

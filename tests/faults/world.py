@@ -94,14 +94,15 @@ class World:
         self.retried: set[str] = set()  # jobs that a scenario retried after they had ended
         self.names = iter(range(10**9))
         self.heals: list[Callable[[], Any]] = []  # what undoes a fault; called by `settle`, newest first
+        self.ends: list[Callable[[], Any]] = []   # what goes with the world, such as a proxy; called last
 
     # processes ---------------------------------------------------------------------------------------------------
     @property
     def procs(self) -> dict[str, subprocess.Popen]: return self.farm.procs
 
-    def start(self, *names: str) -> None:
+    def start(self, *names: str, **env: str) -> None:
         "Start `control...` and workers by name, and wait until they are ready."
-        for n in names: self.farm.start(n)
+        for n in names: self.farm.start(n, **env)
 
     def start_victim(self, name: str, point: str, nth: int = 1) -> subprocess.Popen:
         "Start a process that ends by SIGKILL at a named point (see victim.py)."
@@ -372,6 +373,9 @@ class World:
         self.procs.clear()
         self.farm.close()
         self.redis.close()
+        for end in reversed(self.ends):
+            try: end()
+            except Exception as e: print(f"end: {e!r}", file=sys.stderr)
         try: self.servers.stop()
         finally: shutil.rmtree(self.home, ignore_errors=True)
 

@@ -77,7 +77,8 @@ class Connections:
         said = (str(e).strip() or type(e).__name__).splitlines()[0].rpartition("failed: ")[2]
         said = said.strip().rstrip(".")
         if getattr(e, "sqlstate", None) == "53100":
-            return ServiceUnavailable(f"The disk of PostgreSQL at {self.where()} is full: {said}.", "Make room there; nothing is lost.")
+            return ServiceUnavailable(f"The disk of PostgreSQL at {self.where()} is full: {said}.",
+                                      "Make room there, then try again.")
         return ServiceUnavailable(f"PostgreSQL at {self.where()} does not answer: {said}.",
                                   "Is it running? `myspinbot doctor` looks.")
 

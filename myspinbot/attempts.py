@@ -290,14 +290,7 @@ def unpublish(self: Attempts, gone: Iterable[tuple[str, str, str]]) -> int:  # r
     "Forget the entries (job, key, entry id) that are no longer on their streams."
     return self.set_entries(gone, "entry_id = NULL", "AND entry_id = entry")
 
-@patch
-def unpublish_all(self: Attempts) -> int:  # rows that are unpublished now
-    "Forget all entries: Redis was emptied."
-    return len(self.rows("""WITH mine AS (SELECT job, key FROM step WHERE status = 'queued' AND entry_id IS NOT NULL
-          ORDER BY job, key FOR UPDATE)
-        UPDATE step SET entry_id = NULL FROM mine WHERE step.job = mine.job AND step.key = mine.key
-        RETURNING step.key"""))
-
+# %% ../nbs/14_attempts.ipynb #a9f25571
 @dataclass(frozen=True, slots=True)
 class Place:
     "Where a queued step stands, or should stand."

@@ -128,6 +128,7 @@ def _stamp(folder: Path, suffix: str) -> tuple[tuple[str, int, int], ...]:
         except OSError: return e.name, 0, 0  # a link to nothing, or just removed
     return tuple(sorted(map(seen, found)))
 
+# %% ../nbs/02_catalogue.ipynb #32a49e9f
 class Catalogue:
     "The steps and pipelines of one folder, and the control steps."
     def __init__(self,
@@ -207,6 +208,7 @@ def pipelines(self: Catalogue) -> dict[str, Path]:
     "All pipeline notebooks by name."
     return {p.stem: p for p in sorted(self.dir.glob("[!._]*.ipynb"))}
 
+# %% ../nbs/02_catalogue.ipynb #f9a07b30
 @patch
 def pipeline(self: Catalogue, name: str) -> Any:
     "What the cells tagged `pipeline` of a pipeline notebook build; raises `NotFound` or `NotebookError`."

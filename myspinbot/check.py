@@ -83,6 +83,7 @@ def show_ref(ref: ParamRef | PortRef) -> str:
     "How people write a reference."
     return f"{ref.node}.{ref.port}" if isinstance(ref, PortRef) else f"parameter {ref.name}"
 
+# %% ../nbs/03_check.ipynb #16d5c996
 class Scope:
     "What references can mean: the parameters and the nodes known so far, with their types."
     def __init__(self):
@@ -295,6 +296,7 @@ def as_type(v: Any, type: str) -> Any:
     if type == "list[float]" and isinstance(v, list): return [as_type(o, "float") for o in v]
     return v
 
+# %% ../nbs/03_check.ipynb #223f4b57
 def resolve_params(
     graph: Graph,
     given: Mapping[str, Any],  # parameter -> value; files as paths
@@ -332,6 +334,7 @@ _GIVE = dict(str="Give a text.", int="Give a whole number.", float="Give a numbe
 _HOW = dict(int="Write a whole number.", float="Write a number.", bool="Write true or false.",
             list='Write it as JSON, such as ["a", "b"].')
 
+# %% ../nbs/03_check.ipynb #a87094db
 def params_from_text(
     graph: Graph,
     given: Mapping[str, str],  # as typed on a command line or in a table
@@ -461,6 +464,7 @@ def replace_files(
     nodes = tuple(n.model_copy(update=dict(inputs=inputs[n.id])) for n in graph.nodes)
     return graph.model_copy(update=dict(nodes=nodes)), values
 
+# %% ../nbs/03_check.ipynb #389e1b5c
 def check_files(
     graph: Graph,
     params: Mapping[str, Any],       # resolved

@@ -407,6 +407,7 @@ def renew(self: Conductor, stop: threading.Event, loop: asyncio.AbstractEventLoo
             if state != "ok" and (mine := self.jobs.get(id)) and mine[0].epoch == held[id]:
                 loop.call_soon_threadsafe(mine[1].cancel)
 
+# %% ../nbs/26_conductor.ipynb #ae5c506e
 @patch
 async def take_loop(self: Conductor) -> None:
     "Take jobs on a hint, when one ends while others wait, and at each scan."

@@ -123,6 +123,7 @@ class Collector:
         allowed = c.allow_errors or "raises-exception" in tags or ename in c.allow_error_names
         return allowed and not c.force_raise_errors
 
+# %% ../nbs/22_engine.ipynb #c6bd4319
 def _overwritten(text: str) -> str:
     "Of each line what a terminal would show after its carriage returns; not a regular expression: lines may be huge."
     if "\r" not in text: return text
@@ -174,6 +175,7 @@ def _failure(kernel: Kernel, reply: dict[str, Any], index: int) -> SpinError:
     return StepFailed(f"{ename}: {evalue[:2000]}".rstrip(": "), f"See cell {index} of the executed notebook.",
                       ename=ename, evalue=evalue[:2000], cell=index, traceback="\n".join(tail)[-4000:])
 
+# %% ../nbs/22_engine.ipynb #a07429bd
 def run_cell(
     kernel: Kernel, nb: Any, index: int, collect: Collector, watch: Watch,
 ) -> SpinError | None:  # why the run ends here
@@ -287,6 +289,7 @@ def _pool_of(pid: int) -> KernelPool:
     atexit.register(pool.close, farewell=True)
     return pool
 
+# %% ../nbs/22_engine.ipynb #2715d069
 def run_notebook(
     path: str | Path,
     out_path: str | Path | None,           # where the executed notebook goes; None: into the record

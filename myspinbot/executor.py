@@ -137,6 +137,7 @@ def fetch_inputs(
                              f"Declare the pipeline's parameter as {kind}: then its file travels with the job.")
     return {name: local(name, v) for name, v in revive(inputs).items()}
 
+# %% ../nbs/23_executor.ipynb #30a0ce9c
 def store_outputs(
     store: Store,
     spec: StepSpec,

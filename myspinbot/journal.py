@@ -160,6 +160,7 @@ def release_job(self: Journal, job: str, epoch: int) -> bool:
         WHERE id = %(job)s AND epoch = %(epoch)s AND status IN {JOB_LIVE} RETURNING id""",
         job=job, epoch=epoch) is not None
 
+# %% ../nbs/14_journal.ipynb #3a8dd4d4
 @patch
 def orphan_jobs(self: Journal, limit: int = 1000) -> list[str]:
     "Ids of jobs that are not ended and have no live conductor."
@@ -201,6 +202,7 @@ def end_jobs(self: Journal,
         return set(given["jobs"])
     return self.connections.run(run)
 
+# %% ../nbs/14_journal.ipynb #0a805bc4
 def end_params(job: str, epoch: int, status: str, outputs: Mapping[str, Any] | None = None,
                error: Mapping[str, Any] | None = None) -> dict[str, Any]:
     "A job's end for `finish_jobs`; raises `InputError` for outputs that cannot be stored."
@@ -235,6 +237,7 @@ def cancel_job(self: Journal, job: str) -> Job:
     self.end_jobs([dict(job=job, status="cancelled")])
     return self.job(job)
 
+# %% ../nbs/14_journal.ipynb #0cb4536e
 @patch
 def retry_job(self: Journal, job: str) -> Job:
     "Queue a failed or cancelled job again; what succeeded is kept. Raises `Conflict` in any other state."

@@ -90,6 +90,7 @@ class Kernel:
         self.launcher.kernels.discard(self.pid)
         for o in self.base.parent.glob(f"{self.id}*"): o.unlink(missing_ok=True)
 
+# %% ../nbs/21_kernels.ipynb #d9063cce
 @patch
 def over_limit(self: Kernel) -> ResourceLimit | None:
     "Why it must end at once, if it must; children are looked at every fifth of a second."
@@ -134,6 +135,7 @@ def _share_mb(pid: int) -> float:
             if line.startswith("Pss:"): return int(line.split()[1]) / 1024
     return 0.0
 
+# %% ../nbs/21_kernels.ipynb #0d5260fa
 def _command(name: str, connection: Path) -> tuple[list[str], dict[str, str]]:
     "How a kernel of another language is started."
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
@@ -192,6 +194,7 @@ def _opened(self: Kernel, frames: list[bytes]) -> dict[str, Any] | None:
     return dict(header=header, msg_id=header["msg_id"], msg_type=header["msg_type"], parent_header=parent,
                 metadata=metadata, content=content, buffers=parts[4:])
 
+# %% ../nbs/21_kernels.ipynb #a45e5183
 @patch
 def send(self: Kernel, code: str, *, silent: bool = False, expression: str = "", stop_on_error: bool = True) -> str:
     "Send a cell without waiting; its message id."
@@ -235,6 +238,7 @@ def request(self: Kernel,
             look = now
     return reply
 
+# %% ../nbs/21_kernels.ipynb #2dd36333
 @patch
 def call(self: Kernel, expression: str, timeout_s: float = 20.0) -> Any:
     "Evaluate a call of `launch` inside the kernel; its JSON result. A kernel that fails at that is broken."
@@ -290,88 +294,99 @@ class KernelPool:
     def __repr__(self) -> str:
         return f"KernelPool(idle={len(self._idle)}, spare={len(self._spares)}, used={self._used})"
 
-    def acquire(self,
-        family: str = "",
-        fresh: bool = False,     # a never-used one
-        name: str = "python3",   # kernel spec; one of another language is always fresh
-        timeout_s: float = 120,  # how long to wait while all kernels are in use
-        *,
-        cwd: str | Path | None = None,  # for a kernel of another language
-        start_s: float = 60.0,          # for the start of a kernel
-        should_stop: Callable[[], str | None] | None = None,  # a reason to give up waiting, asked about every 50 ms
-    ) -> Kernel:
-        "A kernel to run one notebook; give it back with `release`."
-        fresh, began = fresh or name != "python3", time.monotonic()
-        end = began + timeout_s
-        while True:
-            with self._changed:
-                if self._closed: raise ServiceUnavailable("The kernel pool is closed.")
-                resetting = not fresh and self._resetting.get(family)
-                spare = not (resetting and time.monotonic() < began + 1)  # a warm one in a moment is better
-                kernel, victim = self._pick(family, fresh, name, spare), None
-                if kernel is None and resetting:
-                    self._wait(0.05, should_stop)
-                    continue
-                if kernel is None and self._total() >= self.max_kernels: victim = self._victim()
-                if kernel is None and victim is None and self._total() >= self.max_kernels:
-                    if not self._wait(end - time.monotonic(), should_stop) and time.monotonic() >= end:
-                        fix = "Raise max_kernels or lower the slots."
-                        raise ServiceUnavailable(f"All {self.max_kernels} kernels are in use.", fix)
-                    continue
-                self._used += 1
-            if victim: self._retire(victim)
-            if kernel and self._usable(kernel): break
-            if kernel: self._retire(kernel)
-            else:
-                kernel = self._start(name, cwd, start_s)
-                break
-            with self._changed: self._used -= 1
-        kernel.family, kernel.runs = family, kernel.runs + 1
-        kernel.memory_mb, kernel.processes, kernel._counted = self.memory_mb, self.processes, 0.0
-        return kernel
+# %% ../nbs/21_kernels.ipynb #5be0a1d2
+@patch
+def acquire(self: KernelPool,
+    family: str = "",
+    fresh: bool = False,     # a never-used one
+    name: str = "python3",   # kernel spec; one of another language is always fresh
+    timeout_s: float = 120,  # how long to wait while all kernels are in use
+    *,
+    cwd: str | Path | None = None,  # for a kernel of another language
+    start_s: float = 60.0,          # for the start of a kernel
+    should_stop: Callable[[], str | None] | None = None,  # a reason to give up waiting, asked about every 50 ms
+) -> Kernel:
+    "A kernel to run one notebook; give it back with `release`."
+    fresh, began = fresh or name != "python3", time.monotonic()
+    end = began + timeout_s
+    while True:
+        with self._changed:
+            if self._closed: raise ServiceUnavailable("The kernel pool is closed.")
+            resetting = not fresh and self._resetting.get(family)
+            spare = not (resetting and time.monotonic() < began + 1)  # a warm one in a moment is better
+            kernel, victim = self._pick(family, fresh, name, spare), None
+            if kernel is None and resetting:
+                self._wait(0.05, should_stop)
+                continue
+            if kernel is None and self._total() >= self.max_kernels: victim = self._victim()
+            if kernel is None and victim is None and self._total() >= self.max_kernels:
+                if not self._wait(end - time.monotonic(), should_stop) and time.monotonic() >= end:
+                    fix = "Raise max_kernels or lower the slots."
+                    raise ServiceUnavailable(f"All {self.max_kernels} kernels are in use.", fix)
+                continue
+            self._used += 1
+        if victim: self._retire(victim)
+        if kernel and self._usable(kernel): break
+        if kernel: self._retire(kernel)
+        else:
+            kernel = self._start(name, cwd, start_s)
+            break
+        with self._changed: self._used -= 1
+    kernel.family, kernel.runs = family, kernel.runs + 1
+    kernel.memory_mb, kernel.processes, kernel._counted = self.memory_mb, self.processes, 0.0
+    return kernel
 
-    def _wait(self, seconds: float, should_stop: Callable[[], str | None] | None) -> bool:
-        if why := should_stop and should_stop(): raise Cancelled(f"Stopped: {why}.", reason=why)
-        return self._changed.wait(min(0.05, max(0.0, seconds)))
+@patch
+def _wait(self: KernelPool, seconds: float, should_stop: Callable[[], str | None] | None) -> bool:
+    if why := should_stop and should_stop(): raise Cancelled(f"Stopped: {why}.", reason=why)
+    return self._changed.wait(min(0.05, max(0.0, seconds)))
 
-    def _total(self) -> int: return len(self._idle) + len(self._spares) + self._used
-    def _usable(self, kernel: Kernel) -> bool: return kernel.alive() and kernel.current()
+# %% ../nbs/21_kernels.ipynb #5be0a1d4
+@patch
+def _total(self: KernelPool) -> int: return len(self._idle) + len(self._spares) + self._used
+@patch
+def _usable(self: KernelPool, kernel: Kernel) -> bool: return kernel.alive() and kernel.current()
 
-    def _pick(self, family: str, fresh: bool, name: str, spare: bool) -> Kernel | None:
-        "Take a fitting kernel out of the waiting ones, if need be a spare one."
-        if not fresh:
-            for k in reversed(self._idle):
-                if k.family == family:
-                    self._idle.remove(k)
-                    return k
-        return self._spares.pop() if spare and self._spares and name == "python3" else None
+@patch
+def _pick(self: KernelPool, family: str, fresh: bool, name: str, spare: bool) -> Kernel | None:
+    "Take a fitting kernel out of the waiting ones, if need be a spare one."
+    if not fresh:
+        for k in reversed(self._idle):
+            if k.family == family:
+                self._idle.remove(k)
+                return k
+    return self._spares.pop() if spare and self._spares and name == "python3" else None
 
-    def _victim(self) -> Kernel | None:
-        if self._idle: return self._idle.pop(0)
-        return self._spares.pop() if self._spares else None
+@patch
+def _victim(self: KernelPool) -> Kernel | None:
+    if self._idle: return self._idle.pop(0)
+    return self._spares.pop() if self._spares else None
 
-    def _start(self, name: str = "python3", cwd: str | Path | None = None, start_s: float = 60.0) -> Kernel:
-        "A new kernel, counted in `_used` by the caller."
-        try: return Kernel(self._current(), name, cwd, start_s)
-        except BaseException:
-            with self._changed:
-                self._used -= 1
-                self._changed.notify_all()
-            raise
+@patch
+def _start(self: KernelPool, name: str = "python3", cwd: str | Path | None = None, start_s: float = 60.0) -> Kernel:
+    "A new kernel, counted in `_used` by the caller."
+    try: return Kernel(self._current(), name, cwd, start_s)
+    except BaseException:
+        with self._changed:
+            self._used -= 1
+            self._changed.notify_all()
+        raise
 
-    def _current(self) -> Launcher:
-        "The launcher, replaced when it was lost or when the sources have changed."
-        with self._launching:
-            if self._launcher and (self._launcher.lost or self._launcher.stamp != source_stamp()):
-                self._old.append(self._launcher)
-                self._launcher = None
-            for o in [o for o in self._old if o.lost or not o.kernels]:
-                self._old.remove(o)
-                o.close()
-            if self._launcher is None: self._launcher = Launcher()
-            return self._launcher
+@patch
+def _current(self: KernelPool) -> Launcher:
+    "The launcher, replaced when it was lost or when the sources have changed."
+    with self._launching:
+        if self._launcher and (self._launcher.lost or self._launcher.stamp != source_stamp()):
+            self._old.append(self._launcher)
+            self._launcher = None
+        for o in [o for o in self._old if o.lost or not o.kernels]:
+            self._old.remove(o)
+            o.close()
+        if self._launcher is None: self._launcher = Launcher()
+        return self._launcher
 
-    def _retire(self, kernel: Kernel) -> None: kernel.kill()
+@patch
+def _retire(self: KernelPool, kernel: Kernel) -> None: kernel.kill()
 
 # %% ../nbs/21_kernels.ipynb #a310ced7
 @patch

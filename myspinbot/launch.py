@@ -49,6 +49,7 @@ def serve(
         for guard in kernels: os.waitpid(guard, 0)
         shutil.rmtree(folder, ignore_errors=True)
 
+# %% ../nbs/21_launch.ipynb #d6dff8c6
 def _preload() -> None:
     "Import what a kernel imports on its start, but for the debugger: that one takes longer than all the rest."
     from importlib import import_module
@@ -63,6 +64,7 @@ def _preload() -> None:
 def kill_group(pid: int, sig: int = signal.SIGKILL) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(pid, sig)
 
+# %% ../nbs/21_launch.ipynb #f3d97019
 def _reap(kernels: dict[int, int]) -> list[tuple[int, int]]:  # pids and exit codes, negative for a signal
     "Collect ended kernels by their guards."
     found = []
@@ -163,6 +165,7 @@ def _send_at_once() -> None:
     IOPubThread.send_multipart, OutStream.flush = send, flush
     IOPubThread._setup_xpub_listener = lambda self: None  # nothing but `send` may touch the socket
 
+# %% ../nbs/21_launch.ipynb #89c04a5e
 def _kernel_app() -> type:
     "ipykernel's application and kernel, with our ways."
     from ipykernel.ipkernel import IPythonKernel
@@ -306,6 +309,7 @@ def begin(
     if cwd: os.chdir(cwd)
     enter(context)
 
+# %% ../nbs/21_launch.ipynb #61adc053
 def reset() -> dict[str, Any]:
     "Back to the baseline; `left` names what could not be undone, `mb` is the resident size."
     from IPython import get_ipython
@@ -331,6 +335,7 @@ def reset() -> dict[str, Any]:
     sources = [o for m in new if (o := getattr(m, "__file__", None))]
     return dict(left=left, mb=_trim(), sources=sources)
 
+# %% ../nbs/21_launch.ipynb #dd8905fe
 def _settle() -> None:
     "After a cell: what a child process printed comes through a pipe and a thread, and would be lost when they are late."
     import fcntl, resource, termios
@@ -364,6 +369,7 @@ def farewell(
         except Exception: traceback.print_exc(file=sys.__stderr__)
     return True
 
+# %% ../nbs/21_launch.ipynb #6a4be985
 def _reset_process(run_folder: str) -> None:
     "Everything that belongs to the process and not to IPython."
     import builtins, linecache, logging, random, warnings

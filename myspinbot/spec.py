@@ -171,6 +171,7 @@ def modules_hash(names: Iterable[str]) -> str:
     "sha256 over modules of ours and all that they import."
     return hash_json(sorted(_closure(names, package_dir()).items()))
 
+# %% ../nbs/02_spec.ipynb #8f39ca73
 @lru_cache(maxsize=512)
 def _notebook(path: Path, mtime_ns: int, size: int) -> dict[str, Any]:
     "Metadata and cells of a notebook, without the outputs; raises `NotebookError`."

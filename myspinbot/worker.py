@@ -116,6 +116,7 @@ def execute(self: Worker, run: Running) -> StepResult:
         if not isinstance(e, SpinError): log.error("executor raised", exc_info=e)
         return StepResult(status="failed", outputs={}, notebook=None, error=err, record={})
 
+# %% ../nbs/24_worker.ipynb #00354962
 @patch
 def settle(self: Worker, run: Running, r: StepResult) -> None:
     "Commit or fail the attempt in the journal, then acknowledge; a stopped attempt writes nothing."
@@ -277,6 +278,7 @@ def run(self: Worker, stop: threading.Event) -> None:
         self.pool.close()
         with contextlib.suppress(ServiceUnavailable): self.bridge.forget_consumer(self.cfg.queues, self.name)
 
+# %% ../nbs/24_worker.ipynb #ce79ab3f
 @patch
 def pending(self: Worker, stop: threading.Event) -> list[Entry]:
     "What Redis thinks this worker holds and it does not run: left by an earlier life, or by a lost reply."

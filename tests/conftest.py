@@ -7,6 +7,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,15 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
     d["dbname"] = name
     yield psycopg.conninfo.make_conninfo(**d)
     with psycopg.connect(postgres_server, autocommit=True) as c: c.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture
+def journal(postgres_url: str) -> Iterator:
+    "A journal with its tables."
+    from myspinbot.journal import Journal
+    with closing(Journal(postgres_url)) as j:
+        j.migrate()
+        yield j
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
@@ -27,14 +26,6 @@ GRAPH = Graph(name="hello", params=[Port(name="text", type="str", required=True)
               nodes=[Node(id="say", step="speech.piper", inputs={"text": ParamRef(name="text")})])
 ART = Artifact(sha256="a" * 64, size=3, media_type="audio/wav", name="voice.wav")
 GONE = 0.0  # a lease that has run out when the call returns
-
-
-@pytest.fixture
-def journal(postgres_url: str) -> Iterator[Journal]:
-    j = Journal(postgres_url)
-    j.migrate()
-    yield j
-    j.close()
 
 
 @pytest.fixture
@@ -400,7 +391,6 @@ def test_rows_are_published_once_marked_and_found_when_their_entry_is_gone(journ
     assert journal.mark_published([(job.id, "say[0]", "9-0")]) == 0  # claimed meanwhile
     assert journal.unpublish([(job.id, "say[1]", "1-0"), (job.id, "say[2]", "old"), (job.id, "say[0]", "0-0")]) == 1
     assert [r.key for r in journal.unpublished(0)] == ["say[1]"]
-    assert journal.unpublish_all() == 2 and len(journal.unpublished(0)) == 3
     assert journal.mark_published([]) == journal.unpublish([]) == 0 and journal.renew_steps([], 60) == {}
 
 

@@ -6,6 +6,7 @@ when the other one claimed.
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from table import Row, main
@@ -27,31 +28,29 @@ def taken_over(w: World, job: str, key: str, since: float) -> float:
     return wait_for("a takeover", claimed, 3 * CFG.lease_s) - since
 
 
-def worker(seed: int) -> float:
+def recovery(seed: int, names: tuple[str, ...], n: int, key: str, holder: Callable[[World, str], str]) -> float:
+    "Kill who holds a job's step or (with an empty key) the job, at a moment that the seed chooses."
     with World(seed, lease_s=CFG.lease_s, scan_s=CFG.scan_s) as w:
-        w.start("control", "w1", "w2")
+        w.start(*names)
         gate = w.home / "gate"
-        job = w.submit(w.chain(1, gate=str(gate)))
+        job = w.submit(w.chain(n, gate=str(gate)))
         w.at_work(job, "s0")
         time.sleep(random.Random(seed).uniform(0, CFG.lease_s / 3))
-        took = taken_over(w, job, "s0", w.kill(w.row(job, "s0").worker))
+        took = taken_over(w, job, key, w.kill(holder(w, job)))
         gate.touch()
         w.quiet()
         return took
+
+
+def worker(seed: int) -> float:
+    return recovery(seed, ("control", "w1", "w2"), 1, "s0", lambda w, job: w.row(job, "s0").worker)
 
 
 def conductor(seed: int) -> float:
-    with World(seed, lease_s=CFG.lease_s, scan_s=CFG.scan_s) as w:
-        w.start("control", "control2", "w1")
-        gate = w.home / "gate"
-        job = w.submit(w.chain(2, gate=str(gate)))
-        w.at_work(job, "s0")
-        time.sleep(random.Random(seed).uniform(0, CFG.lease_s / 3))
+    def holder(w: World, job: str) -> str:
         pid = w.client.job(job).owner.rpartition(":")[2]
-        took = taken_over(w, job, "", w.kill(next(n for n, p in w.procs.items() if str(p.pid) == pid)))
-        gate.touch()
-        w.quiet()
-        return took
+        return next(n for n, p in w.procs.items() if str(p.pid) == pid)
+    return recovery(seed, ("control", "control2", "w1"), 2, "", holder)
 
 
 def rows() -> list[Row]:

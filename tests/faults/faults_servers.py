@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -219,14 +220,16 @@ def postgres_down(seconds: float, short: bool) -> None:
         gate = w.home / "gate"
         w.start("control", "w1", "w2")
         job = w.submit(w.chain(2, gate=str(gate)))
-        w.at_work(job, "s0")
-        with Load(w, workers=0):
+        with ThreadPoolExecutor(1) as pool, Load(w, workers=0):
+            waiting = pool.submit(w.client.wait, job, seconds + 60)
+            w.at_work(job, "s0")
             postgres_gone(w, rng.choice([signal.SIGINT, signal.SIGQUIT]))
             down = time.monotonic()
             time.sleep(rng.uniform(0.2, 0.8) * seconds)
             gate.touch()                # this step ends while nobody can write that down
             time.sleep(max(0.0, down + seconds - time.monotonic()))
             w.servers.start()
+            if waiting.result().status != "succeeded": w.violate(f"who waited heard {waiting.result().status}")
 
 
 postgres_down(10, short=True)

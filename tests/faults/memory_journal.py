@@ -371,11 +371,6 @@ class MemoryJournal:
         for s in rows: s["entry_id"] = None
         return len(rows)
 
-    def unpublish_all(self) -> int:
-        rows = self.in_order("queued", lambda s: s["entry_id"] is not None)
-        for s in rows: s["entry_id"] = None
-        return len(rows)
-
     def places(self, limit: int, when: Callable[[Row], bool]) -> list[Place]:
         rows = self.in_order("queued", when)[:limit]
         return [Place(s["job"], s["key"], s["queue"], s["priority"], s["entry_id"], moment(s["queued_at"]), s["n"]) for s in rows]

@@ -191,7 +191,6 @@ def calls(r: random.Random, m: MemoryJournal) -> Iterator[tuple[str, tuple, dict
                 * 2,
                 *[("release_step", (id, key, a), {})] * 3,
                 *[("mark_published", (pairs,), {}), ("unpublish", (pairs,), {})] * 2,
-                ("unpublish_all", (), {}),
                 ("unpublished", (r.choice((0.0005, 1.0)),), {}),
                 ("queued_steps", (), {}),
                 ("expired_steps", (), {}),

@@ -1,4 +1,5 @@
 """Two at once for one thing, on the real PostgreSQL and Redis: one wins, the other leaves, and nobody sees both."""
+import itertools
 import json
 import random
 import subprocess
@@ -12,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from farm import Farm, wait_for
 
 from myspinbot.artifacts import LocalStore
@@ -23,18 +23,9 @@ from myspinbot.graph import Pipeline
 from myspinbot.journal import Journal
 from myspinbot.schema import JOB_END, STEP_END, Graph, Job, Node, StepMessage, StepRow
 from myspinbot.worker import Worker
-import itertools
 
 TOYS = Path(__file__).parents[1] / "pipelines"
 ONE = Graph(name="one", nodes=[Node(id="say", step="toy.mark")])
-
-
-@pytest.fixture
-def journal(postgres_url: str) -> Iterator[Journal]:
-    j = Journal(postgres_url)
-    j.migrate()
-    yield j
-    j.close()
 
 
 def running(journal: Journal, n: int) -> list[tuple[Job, StepRow]]:

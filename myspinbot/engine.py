@@ -89,9 +89,8 @@ class Collector:
         if kind in ("stream", "display_data", "execute_result", "update_display_data"):
             if self.room <= 0: return
             text = content.get("text", "")
-            size = len(text) + 12 * text.count("\n") + sum(len(str(v)) for v in content.get("data", {}).values())
-            self.room -= size
-            if self.room <= 0: message = self._cut_off(message, text[:max(0, size + self.room)])
+            room, self.room = self.room, self.room - _size(text) - sum(len(str(v)) for v in content.get("data", {}).values())
+            if self.room <= 0: message = self._cut_off(message, _beginning(text, room))
             kind, content = message["msg_type"], message["content"]
         joins = kind == "stream" and outs and outs[-1].get("name") == content["name"] and not self._redirected(message)
         if joins: self._parts.append(content["text"])
@@ -124,6 +123,17 @@ class Collector:
         return allowed and not c.force_raise_errors
 
 # %% ../nbs/22_engine.ipynb #c6bd4319
+def _size(text: str) -> int:
+    "Bytes of a text in a notebook's file, where each line is one of a list."
+    return len(json.dumps(text, ensure_ascii=False).encode("utf-8", "surrogatepass")) - 2 + 10 * text.count("\n")
+
+def _beginning(text: str, room: int) -> str:
+    "As much of a text as fits into so many bytes of a file."
+    kept = 0
+    for step in (1 << 16, 1 << 8, 1):
+        while kept < len(text) and (n := _size(text[kept:kept + step])) <= room: kept, room = kept + step, room - n
+    return text[:kept]
+
 def _overwritten(text: str) -> str:
     "Of each line what a terminal would show after its carriage returns; not a regular expression: lines may be huge."
     if "\r" not in text: return text

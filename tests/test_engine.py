@@ -26,7 +26,7 @@ from myspinbot.core import (
     StepFailed,
     StepTimeout,
 )
-from myspinbot.engine import RunRecord, run_notebook, save_notebook
+from myspinbot.engine import RunRecord, _beginning, notebook_bytes, run_notebook, save_notebook
 from myspinbot.kernels import Kernel, KernelPool
 from myspinbot.launch import _undisturbed
 
@@ -100,6 +100,16 @@ def test_endless_output_is_cut_off_with_a_note_and_the_run_goes_on(run):
     assert r.ok
     assert 1_900_000 < r.notebook.stat().st_size < 3_000_000
     assert "more than 2 MB of output" in printed(r)
+
+
+@pytest.mark.parametrize("text", ["0123456789\n", "\0", "ü\n", "🎬", '"\\"', "x", "\n"])
+def test_what_is_kept_of_an_output_is_as_large_in_the_file_as_it_may_be(text):
+    def size(kept: str) -> int:
+        out = nbformat.v4.new_output("stream", text=kept)
+        return len(notebook_bytes(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", id="one", outputs=[out])])))
+    kept = _beginning(text * 300_000, 200_000)
+    assert abs(size(kept) - size("") - 200_000) < 0.1 * 200_000 and (text * 300_000).startswith(kept)
+    assert _beginning(text * 3, 200_000) == text * 3
 
 
 @pytest.mark.parametrize("value", ["a 'quoted' \"text\"\n\\ {x} \0", "مرحبا 🎬", "'''); __import__('os').abort()",
@@ -256,13 +266,15 @@ def test_a_run_sends_one_request_a_cell_straight_to_the_main_thread(pool: Kernel
 
 
 def test_interrupt_in_the_middle_of_a_send_waits_for_its_end():
-    sent = []
-    with pytest.raises(KeyboardInterrupt):
-        with _undisturbed():
-            sent.append("one half")
-            signal.raise_signal(signal.SIGINT)
-            sent.append("the other half")
-        sent.append("never")
+    sent, before = [], signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a kernel
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with _undisturbed():
+                sent.append("one half")
+                signal.raise_signal(signal.SIGINT)
+                sent.append("the other half")
+            sent.append("never")
+    finally: signal.signal(signal.SIGINT, before)
     assert sent == ["one half", "the other half"]
 
 

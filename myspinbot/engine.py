@@ -92,8 +92,11 @@ class Collector:
             room, self.room = self.room, self.room - _size(text) - sum(len(str(v)) for v in content.get("data", {}).values())
             if self.room <= 0: message = self._cut_off(message, _beginning(text, room))
             kind, content = message["msg_type"], message["content"]
-        joins = kind == "stream" and outs and outs[-1].get("name") == content["name"] and not self._redirected(message)
-        if joins: self._parts.append(content["text"])
+        plain = kind == "stream" and not self._redirected(message)
+        if plain and outs and outs[-1].get("name") == content["name"]: self._parts.append(content["text"])
+        elif plain:  # not through nbformat, which would validate it
+            self.join()
+            outs.append(type(self.cell)(output_type="stream", name=content["name"], text=content["text"]))
         else:
             self.join()
             with contextlib.suppress(CellExecutionComplete): self.client.process_message(message, self.cell, self.index)

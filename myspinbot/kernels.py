@@ -8,6 +8,7 @@ __all__ = ['LOG_BYTES', 'Kernel', 'KernelPool', 'pool_of']
 # %% ../nbs/21_kernels.ipynb #65d2f5b1
 import contextlib, hmac, json, os, re, secrets, signal, sys, threading, time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -288,6 +289,7 @@ class KernelPool:
         self._closed = False
         self._changed = threading.Condition()
         self._launching = threading.Lock()
+        self._resets = ThreadPoolExecutor(max_kernels, "reset")  # starting a thread for each costs a third of a millisecond
 
     def __enter__(self) -> "KernelPool": return self
     def __exit__(self, *_: object) -> None: self.close()
@@ -400,7 +402,7 @@ def release(self: KernelPool,
     if keep:
         with self._changed: self._resetting[kernel.family] = self._resetting.get(kernel.family, 0) + 1
     if wait: return self._take_back(kernel, keep)
-    threading.Thread(target=self._take_back, args=(kernel, keep), name=f"reset-{kernel.id}", daemon=True).start()
+    self._resets.submit(self._take_back, kernel, keep)
 
 @patch
 def _take_back(self: KernelPool, kernel: Kernel, keep: bool) -> None:
@@ -452,6 +454,7 @@ def close(self: KernelPool,
     with self._launching:
         for o in [*self._old, *([self._launcher] if self._launcher else [])]: o.close()
         self._old, self._launcher = [], None
+    self._resets.shutdown(wait=False)
 
 def pool_of(cfg: Settings) -> KernelPool:
     "A pool with the limits of the settings."

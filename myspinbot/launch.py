@@ -161,6 +161,7 @@ def _send_at_once() -> None:
         if not self._is_master_process(): return self._really_send(*args, **kw)  # a child has a pipe of its own
         with _undisturbed(), lock: self._really_send(*args, **kw)
     def flush(self: OutStream) -> None:
+        if not self._buffers: return  # ipykernel asks for it several times a cell
         with _undisturbed(): self._flush()
     IOPubThread.send_multipart, OutStream.flush = send, flush
     IOPubThread._setup_xpub_listener = lambda self: None  # nothing but `send` may touch the socket

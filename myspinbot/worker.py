@@ -64,7 +64,7 @@ class Worker:
 
     def forward(self, e: Event) -> None:
         "An event from a running step."
-        self.tell(e.job, e.kind, e.key, **e.body)
+        self.events.post(e)
 
     def insist(self, fn: Callable, *args: Any, stop: threading.Event | None = None, **kw: Any) -> Any:
         "Call until it answers: a result in hand is not thrown away because a server restarts."

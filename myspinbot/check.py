@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Place', 'refs_in', 'needs_of', 'dependencies', 'topological', 'matches', 'show_ref', 'Scope', 'check_node',
-           'check_condition', 'problems', 'check_literals', 'validate_graph', 'explain', 'read_graph', 'check_bounds',
-           'plain', 'as_type', 'resolve_params', 'params_from_text', 'check_key', 'check_file', 'check_picture',
-           'file_values', 'replace_files', 'check_files', 'store_files']
+           'check_condition', 'problems', 'check_literals', 'validate_graph', 'explain', 'check_version', 'read_graph',
+           'check_bounds', 'plain', 'as_type', 'resolve_params', 'params_from_text', 'check_key', 'check_file',
+           'check_picture', 'file_values', 'replace_files', 'check_files', 'store_files']
 
 # %% ../nbs/03_check.ipynb #1ffff806
 import json, mimetypes, re
@@ -249,17 +249,23 @@ def explain(
     more = f" ({len(errors) - 3} more.)" if len(errors) > 3 else ""
     return "; ".join(told) + "." + more, hint
 
+def check_version(version: Any) -> None:
+    "Raise `GraphError` for a graph that is written in a newer way than this program knows."
+    known = Graph.model_fields["schema_version"].default
+    if isinstance(version, int) and version > known:
+        raise GraphError(f"The graph has schema_version {show_value(version)}; this MySpinBot knows up to {known}.",
+                         "Update MySpinBot where jobs are submitted to and run, or export the graph with an older one.")
+
 def read_graph(
     doc: Any,  # JSON of a graph, from anywhere
 ) -> Graph:
     "A graph from a document; raises `GraphError` that names the place. `validate_graph` then checks what it means."
-    if isinstance(doc, Graph): return doc
+    if isinstance(doc, Graph):
+        check_version(doc.schema_version)
+        return doc
     if not isinstance(doc, Mapping):
         raise GraphError(f"A graph is an object with name and nodes, not {show_value(doc)}.", "See Pipeline.to_graph().")
-    known, version = Graph.model_fields["schema_version"].default, doc.get("schema_version", 1)
-    if isinstance(version, int) and version > known:
-        raise GraphError(f"The graph has schema_version {show_value(version)}; this MySpinBot knows up to {known}.",
-                         "Update MySpinBot where jobs are submitted to, or export the graph with an older one.")
+    check_version(doc.get("schema_version", 1))
     try:
         check_json(dict(doc), "graph")
         return Graph.model_validate(dict(doc))

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from .artifacts import Store
 from .bridge import Bridge
 from .catalogue import Catalogue
+from .check import check_version
 from .attempts import Place, step_params
 from .core import FenceLost, ServiceUnavailable, Settings, SpinError, StepFailed, as_spin_error, settings
 from .events import Events
@@ -180,6 +181,7 @@ class Conductor:
         self.tell(job.id, "job", status="running")
         err, out = None, {}
         try:
+            check_version(job.graph.schema_version)
             rows = {r.key: r for r in await self.db(self.journal.steps, job.id)} if job.epoch > 1 else {}
             results = await run_graph(job.graph, job.params, lambda t: self.execute(job, t, rows.pop(t.key, None)))
             err = job_error(job.graph, results)

@@ -179,7 +179,6 @@ class Executor:
     ):
         self.store, self.catalogue, self.pool = store, catalogue, pool
         self.scratch, self.grace_s, self.patience_s = Path(scratch), grace_s, patience_s
-        self.sweep()
 
     def sweep(self) -> None:
         "Remove what attempts left whose process was killed, and what died while it wrote into the store."

@@ -27,7 +27,7 @@ class Kernel:
     def __init__(self,
         launcher: Launcher,
         name: str = "python3",  # kernel spec; python3 is forked, another one executed
-        cwd: str | Path | None = None,
+        cwd: str | Path | None = None,  # of one of another language; ours enters a folder with each run
         start_s: float = 60.0,  # how long it may take until it answers
     ):
         from jupyter_client.session import Session
@@ -44,7 +44,7 @@ class Kernel:
         argv, env = ([], {}) if self.python else _command(name, connection)  # before a launcher is asked
         self.sockets: dict[str, Any] = {}
         self.pid = launcher.spawn(connection=str(connection), log=str(self.log), argv=argv, env=env,
-                                  cwd=str(cwd or launcher.folder))
+                                  cwd=str(launcher.folder if self.python else cwd or launcher.folder))
         try: self._connect(start_s)
         except BaseException:
             self.kill()

@@ -129,6 +129,7 @@ class LocalRunner:
         self.store = LocalStore(home / "store")
         self.pool = pool_of(settings())
         self.executor = Executor(self.store, catalogue, self.pool, home / "scratch")
+        self.executor.sweep()
 
     def close(self) -> None:
         "End the kernels."

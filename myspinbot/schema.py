@@ -250,7 +250,7 @@ class Node(Wire):
 
 class Graph(Wire):
     "A pipeline as data; what is submitted, stored and replayed."
-    schema_version: Literal[1] = 1
+    schema_version: int = Field(1, ge=1)  # of the journal's rows: one that is newer than the default cannot be run here
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)
     title: str = ""
     description: str = ""

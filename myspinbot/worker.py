@@ -187,17 +187,23 @@ def keep(self: Worker) -> None:
     self.bridge.renew([o.entry for o in self.held()], self.name)
 
 @patch
-def repeat(self: Worker, fn: Callable[[], None], stop: threading.Event) -> None:
+def repeat(self: Worker, fn: Callable[[], None], stop: threading.Event, at_once: bool = False) -> None:
     "Call every third of a lease until told to stop."
-    while not stop.wait(self.cfg.lease_s / 3):
+    while at_once or not stop.wait(self.cfg.lease_s / 3):
+        at_once = False
         try: fn()
-        except ServiceUnavailable as e: log.warning("heartbeat had no answer", of=fn.__name__, error=str(e))
-        except Exception as e: log.error("heartbeat failed; the next one may not", of=fn.__name__, exc_info=e)
+        except ServiceUnavailable as e: log.warning("no answer; the next time may have one", of=fn.__name__, error=str(e))
+        except Exception as e: log.error("failed; the next time may not", of=fn.__name__, exc_info=e)
 
 @patch
 def heartbeat(self: Worker, stop: threading.Event) -> None:
     "Renew the leases until told to stop."
     self.repeat(self.beat, stop)
+
+@patch
+def sweep(self: Worker, stop: threading.Event) -> None:
+    "Remove what the dead left, until told to stop; on a thread of its own, as the store may be slow to answer."
+    self.repeat(self.executor.sweep, stop, at_once=True)
 
 @patch
 def keep_entries(self: Worker, stop: threading.Event) -> None:
@@ -240,7 +246,6 @@ def take(self: Worker, count: int) -> list[Entry]:
     "Up to `count` entries; blocks for at most a second."
     if time.monotonic() >= self.next_reclaim:
         self.next_reclaim = time.monotonic() + self.cfg.lease_s / 2
-        self.executor.sweep()
         old = self.bridge.reclaim(self.cfg.queues, self.name, int(self.cfg.lease_s * 1000), count)
         if old := self.not_running(old): return old
     return self.bridge.read(self.cfg.queues, self.name, count, 1000)
@@ -250,7 +255,7 @@ def run(self: Worker, stop: threading.Event) -> None:
     "Run until `stop` is set, then drain."
     ended, self.next_reclaim = threading.Event(), 0.0
     side = [threading.Thread(target=f, args=(ended,), name=f.__name__, daemon=True) for f in (self.heartbeat,
-        self.keep_entries, self.listen_cancel, self.watch)]
+        self.keep_entries, self.sweep, self.listen_cancel, self.watch)]
     for t in side: t.start()
     slots = ThreadPoolExecutor(self.cfg.slots, thread_name_prefix="slot")
     waiting = self.pending(stop)

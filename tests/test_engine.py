@@ -294,6 +294,17 @@ def test_kernel_is_replaced_after_an_error(run):
     assert first.kernel["id"] != second.kernel["id"]
 
 
+def test_kernel_started_for_a_run_stays_warm_when_the_folder_of_that_run_is_gone(tmp_path: Path):
+    with KernelPool(spare=0) as pool:
+        (folder := tmp_path / "run").mkdir()
+        k = pool.acquire("a", cwd=folder)
+        k.enter(None, str(folder))
+        assert k.request("x = 1")["status"] == "ok"
+        folder.rmdir()
+        pool.release(k, wait=True)
+        assert pool.acquire("a").id == k.id
+
+
 def test_fresh_kernel_was_never_used_and_is_another_than_the_warm_one(run):
     warm, fresh = run("ok_three_cells", family="f"), run("ok_three_cells", family="f", kernel="fresh")
     assert fresh.kernel["runs"] == 1 and fresh.kernel["id"] != warm.kernel["id"]

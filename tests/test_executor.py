@@ -153,6 +153,6 @@ def test_two_steps_at_once_do_not_meet(executor: Executor, run):
 def test_leftovers_of_a_killed_worker_are_cleared_and_those_of_a_living_one_are_not(executor: Executor, tmp_path: Path):
     here = socket.gethostname()
     for who in (f"4000000@{here}", f"1@{here}", "4000000@elsewhere"): (tmp_path / f"scratch/node-0-{who}").mkdir(parents=True)
-    Executor(executor.store, executor.catalogue, executor.pool, tmp_path / "scratch")
+    executor.sweep()
     assert {o.name for o in (tmp_path / "scratch").iterdir()} == {f"node-0-1@{here}", "node-0-4000000@elsewhere"}
     assert os.path.isdir(tmp_path / "store") is False, "looking around stores nothing"

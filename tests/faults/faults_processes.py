@@ -1,4 +1,5 @@
 """Processes of ours that die, freeze, are told to stop, run beside each other, or have another version."""
+import json
 import os
 import random
 import signal
@@ -13,7 +14,9 @@ from run import fault
 from victim import POINTS
 from world import HERE, World, wait_for
 
+from myspinbot.client import Client
 from myspinbot.keys import BODY
+from myspinbot.tables import parse_graph
 
 SLACK_S = 3.0  # on top of lease and scan: the machine is shared, and the witness' line comes from a notebook's first cell
 
@@ -328,6 +331,31 @@ def newer_message(w: World, rng: random.Random) -> None:
     if "newer than" not in error: w.violate(f"the reason is not told: {error}")
     if w.dead_letters() != 1: w.violate(f"{w.dead_letters()} dead letters for one message")
     if w.client.job(older).status != "succeeded": w.violate("the other job did not go on")
+
+
+@fault("a graph of a newer version meets an older conductor", short=True)
+def newer_graph(w: World, rng: random.Random) -> None:
+    "The job ends with the reason, lists show it and all others; after an update the graph runs."
+    mine = w.chain(1)
+    job, other, j = w.submit(mine), w.submit(w.chain(1)), w.client.journal
+    w.may_fail.add(job)
+    [graph] = j.rows("SELECT hash, body::text FROM graph JOIN job ON job.graph = hash WHERE job.id = %(id)s", id=job)
+    def write(body: str) -> None:
+        j.rows("UPDATE graph SET body = %(body)s WHERE hash = %(hash)s RETURNING hash", hash=graph["hash"], body=body)
+    write(json.dumps(json.loads(graph["body"]) | dict(schema_version=2, loops=[])))
+    w.start("control", "w1")
+    with Client(w.client.cfg, w.client.catalogue) as c:  # has not seen the graph before
+        parse_graph.cache_clear()
+        ended = wait_for("the job has ended", lambda: (o := c.job(job)).status == "failed" and o)
+        if "schema_version 2" not in ended.error["message"]: w.violate(f"the reason is not told: {ended.error}")
+        if {o.id for o in c.jobs()} != {job, other}: w.violate("the list is not whole")
+    write(graph["body"])
+    parse_graph.cache_clear()
+    w.stop("control")
+    w.start("control")
+    again = w.submit(mine)
+    w.quiet()
+    if w.client.job(again).status != "succeeded": w.violate("it did not run after the update")
 
 
 @fault("a worker with another checkout meets a job", short=True)

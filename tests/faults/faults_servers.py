@@ -236,6 +236,24 @@ postgres_down(10, short=True)
 postgres_down(60, short=False)
 
 
+@fault("SIGTERM: worker and conductor while PostgreSQL is away")
+def stopped_in_an_outage(w: World, rng: random.Random) -> None:
+    "They end in time and by themselves; what they could not write down is done again by others."
+    gate = w.home / "gate"
+    w.start("control", "w1")
+    job = w.submit(w.chain(2, gate=str(gate)))
+    w.at_work(job, "s0")
+    postgres_gone(w, signal.SIGQUIT)
+    gate.touch()
+    pause(rng, 0.0, 3.0)
+    began = time.monotonic()
+    w.stop("w1", "control")
+    if (took := time.monotonic() - began) > 45: w.violate(f"it took {took:.0f} s to stop")
+    w.servers.start()
+    w.start("control2", "w2")
+    w.quiet()
+
+
 @fault("PostgreSQL connections terminated in a loop", short=True)
 def terminated(w: World, rng: random.Random) -> None:
     with Load(w) as load, admin(w) as c:

@@ -95,7 +95,7 @@ def main() -> int:
     ap.add_argument("--only", default="", help="faults whose name holds this text")
     ap.add_argument("--short", action="store_true")
     ap.add_argument("--json", type=Path, help="also write the reports there")
-    ap.add_argument("--at-once", type=int, default=2, help="worlds at once; most of a scenario is waiting")
+    ap.add_argument("--at-once", type=int, default=3, help="worlds at once; most of a scenario is waiting")
     a = ap.parse_args()
     chosen = [f for f in load().values() if a.only in f.name and (f.short or not a.short)]
     if not chosen:

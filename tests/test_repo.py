@@ -72,6 +72,15 @@ def test_readme_is_what_the_index_notebook_says() -> None:
     assert build_readme(ROOT, check=True) == [], "run: make readme"
 
 
+def test_the_drawings_show_the_pipeline_as_it_is() -> None:
+    from myspinbot.catalogue import Catalogue
+    drawn = Catalogue(ROOT / "pipelines").pipeline("talking_portrait")._repr_html_()
+    assert (ROOT / "nbs/images/pipeline.svg").read_text() == drawn
+    cells = json.loads((ROOT / "pipelines/talking_portrait.ipynb").read_text())["cells"]
+    shown = [o["data"]["text/html"] for c in cells for o in c.get("outputs", ()) if "text/html" in o.get("data", {})]
+    assert ["".join(o) for o in shown] == [drawn]
+
+
 def test_pyproject_has_no_project_table() -> None:
     tables = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "project" not in tables, "metadata and requirements belong in settings.ini"

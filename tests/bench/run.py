@@ -28,7 +28,7 @@ def main(names: list[str]) -> int:
             if done.returncode or not out.exists(): failed.append(name)
             else: rows += [Row(**o) for o in json.loads(out.read_text())]
     print()
-    show(rows, f"All parts, {time.monotonic() - began:.0f} s, load {os.getloadavg()[0]:.1f} after")
+    if len(names or PARTS) > 1: show(rows, f"All parts, {time.monotonic() - began:.0f} s, load {os.getloadavg()[0]:.1f} after")
     if failed: print(f"Did not end well: {', '.join(failed)}.")
     return len(failed)
 

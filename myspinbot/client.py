@@ -133,7 +133,6 @@ def follow(self: Client,
     after: int = 0,                       # skip the journal's events up to this `seq`
 ) -> Iterator[Event]:
     "Events of a job until it has ended."
-    self.journal.job(id)
     last, live = after, "0"
     while not (stop and stop.is_set()):
         ended = self.outlast(self.journal.job, id).status in JOB_END
@@ -154,7 +153,6 @@ def wait(self: Client,
 ) -> Job:  # ended
     "Wait for a job's end; raises `TimeoutError`."
     end, live = None if timeout_s is None else time.monotonic() + timeout_s, "0"
-    self.journal.job(id)
     while (job := self.outlast(self.journal.job, id)).status not in JOB_END:
         left = 1.0 if end is None else end - time.monotonic()
         if left <= 0: raise TimeoutError(f"Job {id} is still {job.status} after {timeout_s:g} s.")

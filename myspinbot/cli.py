@@ -238,7 +238,7 @@ def status(as_json: Json = False) -> None:
     for key in ("api", "dashboards"):
         if state and state.get(key): out.print(f"{key:<12} {state[key]}")
     for name in ("postgres", "redis"):
-        out.print(f"{name:<12} {health_text(health[name])}")
+        out.print(f"{name:<12} {health_text(health[name])}", soft_wrap=True)
 
 # %% ../nbs/60_cli.ipynb #f0d7eabb
 def checks() -> Iterator[tuple[str, bool, str, str]]:
@@ -283,7 +283,7 @@ def doctor(as_json: Json = False) -> None:
     else:
         for n, ok, found, mend in rows:
             out.print(f"{'[green]ok[/]     ' if ok else '[red]missing[/]'} {escape(n):<24} {escape(found)}", soft_wrap=True)
-            if not ok: out.print(f"        [b]{escape(mend)}[/]")
+            if not ok: out.print(f"        [b]{escape(mend)}[/]", soft_wrap=True)
     if not all(ok for _, ok, _, _ in rows): raise typer.Exit(1)
 
 # %% ../nbs/60_cli.ipynb #d4799b29
@@ -441,7 +441,7 @@ def show(job: JobId, as_json: Json = False) -> None:
         steps = c.steps(j.id)
     if as_json: return show_json(job_json(j) | dict(steps=[step_json(s) for s in steps]))
     out.print(f"{j.id}  {j.graph.name}  {status_text(j.status)}")
-    for k, v in j.params.items(): out.print(f"  {k} = {escape(str(getattr(v, 'name', v))[:200])}")
+    for k, v in j.params.items(): out.print(f"  {k} = {escape(str(getattr(v, 'name', v))[:200])}", soft_wrap=True)
     t = table("step", "runs", "status", "seconds", "attempt", "worker", "inputs")
     for s in steps: t.add_row(s.key, s.step, status_text(s.status),
         f"{s.seconds:.2f}" if s.seconds is not None else "", str(s.attempt), s.worker or "", s.input_hash[:12])

@@ -35,7 +35,7 @@ readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
 
 faults: $(VENV)/.dev  ## every fault with a list of seeds, then the simulation; a table each (FAULTS="--only Redis --seeds 7")
 	$(BIN)/python tests/faults/run.py $(FAULTS)
-	$(if $(FAULTS),,FULL=1 $(BIN)/python -m pytest -q tests/faults/test_races.py tests/faults/test_load.py)
+	$(if $(FAULTS),,FULL=1 $(BIN)/python -m pytest -q --timeout 900 tests/faults/test_races.py tests/faults/test_load.py)
 	$(BIN)/python tests/faults/simulate.py $(or $(SIMULATE),--schedules 100000 --processes 2)
 
 bench: $(VENV)/.dev  ## speed and memory, the peers beside; one table (BENCH=flow: only that part)

@@ -289,7 +289,8 @@ class KernelPool:
         self._closed = False
         self._changed = threading.Condition()
         self._launching = threading.Lock()
-        self._resets = ThreadPoolExecutor(max_kernels, "reset")  # starting a thread for each costs a third of a millisecond
+        # a thread for each reset would cost a third of a millisecond; these end with the pool and not by `close`, after which
+        self._resets = ThreadPoolExecutor(max_kernels, "reset")  # a kernel that was running is still given back
 
     def __enter__(self) -> "KernelPool": return self
     def __exit__(self, *_: object) -> None: self.close()
@@ -454,7 +455,6 @@ def close(self: KernelPool,
     with self._launching:
         for o in [*self._old, *([self._launcher] if self._launcher else [])]: o.close()
         self._old, self._launcher = [], None
-    self._resets.shutdown(wait=False)
 
 def pool_of(cfg: Settings) -> KernelPool:
     "A pool with the limits of the settings."

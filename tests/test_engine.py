@@ -305,6 +305,14 @@ def test_kernel_started_for_a_run_stays_warm_when_the_folder_of_that_run_is_gone
         assert pool.acquire("a").id == k.id
 
 
+def test_kernel_that_runs_while_the_pool_is_closed_is_ended_and_can_be_given_back():
+    pool = KernelPool(spare=0)
+    k = pool.acquire("a")
+    pool.close()
+    pool.release(k, False)
+    wait_until(lambda: not psutil.pid_exists(k.pid) and pool._total() == 0)
+
+
 def test_fresh_kernel_was_never_used_and_is_another_than_the_warm_one(run):
     warm, fresh = run("ok_three_cells", family="f"), run("ok_three_cells", family="f", kernel="fresh")
     assert fresh.kernel["runs"] == 1 and fresh.kernel["id"] != warm.kernel["id"]

@@ -165,13 +165,19 @@ def scratch_full(w: DiskWorld, rng: random.Random) -> None:
     whole(w)
 
 
+def on_small_disk(w: DiskWorld, folder: Path, mb: int) -> Any:
+    "A server's folder on a small file system of its own; conductor and worker run."
+    w.servers.stop()
+    d = w.disk(folder, mb)
+    w.servers.start()
+    w.start("control", "w1")
+    return d
+
+
 @disk_fault("disk full: PostgreSQL")
 def postgres_full(w: DiskWorld, rng: random.Random) -> None:
     "Submits are refused with the reason or accepted for good; a server that gave up is started again."
-    w.servers.stop()
-    d = w.disk(w.servers.pgdata, 256)
-    w.servers.start()
-    w.start("control", "w1")
+    d = on_small_disk(w, w.servers.pgdata, 256)
     running = [w.submit(w.chain(2)) for _ in range(rng.randint(1, 4))]
     d.full()
     refused, end = "", time.monotonic() + 40
@@ -193,10 +199,7 @@ def postgres_full(w: DiskWorld, rng: random.Random) -> None:
 @disk_fault("disk full: Redis")
 def redis_full(w: DiskWorld, rng: random.Random) -> None:
     "Redis refuses writes, jobs are accepted by the journal and run when there is room."
-    w.servers.stop()
-    d = w.disk(w.servers.redis_dir, 16)
-    w.servers.start()
-    w.start("control", "w1")
+    d = on_small_disk(w, w.servers.redis_dir, 16)
     before = [w.submit(w.chain(2)) for _ in range(rng.randint(1, 4))]
     d.full()
     def refuses() -> bool:

@@ -138,8 +138,8 @@ class Settings(BaseSettings):
     workers: int = Field(1, ge=0, le=64, description="workers that `up` starts")
     lease_s: float = Field(15.0, ge=0.3, le=3600, description="a silent holder of a job or step loses it")
     scan_s: float = Field(2.0, ge=0.05, le=600, description="pause between two looks of the reconciler")
-    kernel_max_runs: int = Field(200, ge=1, description="a warm kernel is replaced after so many runs")
-    kernel_max_mb: int = Field(4096, ge=64, description="a warm kernel is replaced above this resident size")
+    kernel_max_runs: int = Field(200, ge=1, description="a resident kernel is replaced after so many runs")
+    kernel_max_mb: int = Field(4096, ge=64, description="a resident kernel is replaced above this size in memory")
     kernel_memory_mb: int = Field(0, ge=0, description="a notebook and its child processes may use so much memory, on"
                                   " Linux; 0: four fifths of this machine's")
     kernel_processes: int = Field(500, ge=1, description="child processes that a notebook may have at once, on Linux")

@@ -8,7 +8,7 @@ __all__ = ['Watch', 'Collector', 'RunRecord', 'run_cell', 'run_cells', 'load_not
 
 # %% ../nbs/22_engine.ipynb #50caec13
 import contextlib, copy, json, os, re, threading, time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -26,8 +26,10 @@ from myspinbot.core import (
     StepFailed,
     StepTimeout,
     error_from_dict,
+    hash_json,
 )
-from .kernels import Kernel, KernelPool
+from .kernels import LEAVING, Kernel
+from .pool import KernelPool
 
 # %% ../nbs/22_engine.ipynb #3cea071b
 class Watch:
@@ -159,7 +161,7 @@ class RunRecord:
     started: float = 0.0            # seconds since the epoch
     seconds: float = 0.0
     cells: list[dict[str, Any]] = field(default_factory=list)   # index, status, seconds
-    kernel: dict[str, Any] = field(default_factory=dict)        # id, family, runs, warm, pid
+    kernel: dict[str, Any] = field(default_factory=dict)        # id, kind, runs, pid, which imports it shares
     notebook: Path | None = None
     document: bytes = field(default=b"", repr=False)           # the executed notebook, when it has no file
 
@@ -191,6 +193,7 @@ def _failure(kernel: Kernel, reply: dict[str, Any], index: int) -> SpinError:
 # %% ../nbs/22_engine.ipynb #a07429bd
 def run_cell(
     kernel: Kernel, nb: Any, index: int, collect: Collector, watch: Watch,
+    expression: str = "",  # evaluated after the cell, for `Kernel.handlers`
 ) -> SpinError | None:  # why the run ends here
     "Run one cell, with papermill's metadata."
     cell, meta, began, error = nb.cells[index], nb.cells[index].metadata.papermill, time.monotonic(), None
@@ -199,9 +202,10 @@ def run_cell(
     if cell.cell_type == "code" and cell.source.strip() and collect.client.skip_cells_with_tag not in tags:
         collect.start(index)
         stop = not collect.allows(tags, None)
-        try: reply = kernel.request(cell.source, on_message=collect, watch=watch, stop_on_error=stop)
+        try: reply = kernel.request(cell.source, on_message=collect, watch=watch, stop_on_error=stop, expression=expression)
         except KernelDied as e: error = watch.error or e
         else:
+            kernel.note(reply)
             cell.execution_count = reply.get("execution_count", cell.execution_count)
             if (at := cell.metadata.get("execution")) and collect.client.record_timing:
                 at["shell.execute_reply"] = _now()
@@ -219,8 +223,9 @@ def run_cells(
 ) -> tuple[list[dict[str, Any]], SpinError | None]:
     "Run all cells until one fails; a line about each, and the error."
     cells, error, index = [], None, 0
+    last = max((i for i, c in enumerate(nb.cells) if c.cell_type == "code" and c.source.strip()), default=-1)
     for index, cell in enumerate(nb.cells):
-        error = run_cell(kernel, nb, index, collect, watch)
+        error = run_cell(kernel, nb, index, collect, watch, LEAVING if index == last and kernel.python else "")
         meta = cell.metadata.papermill
         line = dict(index=index, status=meta["status"], seconds=round(meta["duration"], 4))
         if cell.cell_type == "code": cells.append(line)
@@ -299,7 +304,7 @@ def default_pool() -> KernelPool:
 def _pool_of(pid: int) -> KernelPool:
     import atexit
     pool = KernelPool(spare=0)
-    atexit.register(pool.close, farewell=True)
+    atexit.register(pool.close)
     return pool
 
 # %% ../nbs/22_engine.ipynb #2715d069
@@ -309,8 +314,8 @@ def run_notebook(
     parameters: dict[str, Any] | None = None,
     *,
     pool: KernelPool | None = None,        # None: the process's own
-    kernel: str = "warm",                  # "fresh": a never-used one
-    family: str = "",                      # which warm kernels
+    kernel: str = "pristine",              # "resident": one that serves this notebook's source again and again
+    imports: Sequence[str] = (),           # installed modules that its kernel should have imported already
     timeout_s: float | None = None,        # for the whole notebook
     context: dict[str, Any] | None = None, # for `step.enter`
     cwd: str | Path | None = None,         # None: the context's folder, else this process's
@@ -325,8 +330,9 @@ def run_notebook(
     nb = load_notebook(path, parameters)
     record, began = RunRecord(started=time.time(), notebook=Path(out_path) if out_path else None), time.monotonic()
     folder = str(cwd or (context or {}).get("folder") or os.getcwd())
-    k = pool.acquire(family, kernel == "fresh", nb.metadata.kernelspec.name, cwd=folder, should_stop=should_stop)
-    record.kernel = dict(id=k.id, family=family, runs=k.runs, warm=k.runs > 1, pid=k.pid)
+    resident = _resident_name(path, nb) if kernel == "resident" else ""
+    k = pool.acquire(imports, resident, name=nb.metadata.kernelspec.name, cwd=folder, should_stop=should_stop)
+    record.kernel = dict(id=k.id, kind="resident" if resident else "pristine", runs=k.runs, pid=k.pid, **k.parent.told(imports))
     try:
         if k.python: k.enter(context, folder)
         watch = Watch(k, timeout_s, should_stop, grace_s, tick)
@@ -336,11 +342,16 @@ def run_notebook(
     except KernelDied as e: record.error = e
     finally:
         record.ok, record.seconds = record.error is None, time.monotonic() - began
-        pool.release(k, record.ok)
+        pool.release(k, record.ok, orderly=k.handlers > 0)
     _finish(nb, path, out_path, k, record)
     if out_path: save_notebook(nb, out_path)
     else: record.document = notebook_bytes(nb)
     return record
+
+def _resident_name(path: str | Path, nb: Any) -> str:
+    "Names a notebook's source, without the parameters of this run."
+    own = [c.source for c in nb.cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])]
+    return f"{Path(path).absolute()} {hash_json(own)[:16]}"
 
 def _finish(nb: Any, path: Any, out_path: Any, kernel: Kernel, record: RunRecord) -> None:
     "The notebook's own record."
@@ -408,7 +419,7 @@ def _execute(manager: Any, name: str, show: Callable, limit: float | None, start
     from papermill.log import logger
     nb, kernel, error = manager.nb, _kernel(name, start_s), None
     logger.info(f"Executing notebook with kernel: {name}")
-    clean = False
+    answers = False
     try:
         if kernel.python: kernel.enter(None, os.getcwd())
         collect = Collector(nb, kernel, show, 1e6, **settings)
@@ -421,14 +432,14 @@ def _execute(manager: Any, name: str, show: Callable, limit: float | None, start
             if error: break
         nb.metadata["language_info"] = kernel.info.get("language_info", {})
         collect.client.set_widgets_metadata()
-        clean = error is None
-    finally: _leave(kernel, clean, error is not None and not isinstance(error, KernelDied | StepTimeout))
+        answers = not isinstance(error, KernelDied | StepTimeout)
+    finally: _leave(kernel, answers)
     _raise_as_nbclient(error, nb.cells[index] if error else None)
 
 def _kernel(name: str, start_s: float) -> Kernel:
     "A kernel of the process's pool; errors are those that papermill's own engine raises."
     from jupyter_client.kernelspec import NoSuchKernel
-    try: return default_pool().acquire("papermill", name=name, cwd=os.getcwd(), start_s=start_s)
+    try: return default_pool().acquire(name=name, cwd=os.getcwd(), start_s=start_s)
     except NotFound as e: raise NoSuchKernel(name) from e
     except KernelDied as e: raise RuntimeError(f"Kernel died before replying to kernel_info: {e}") from e
     except ServiceUnavailable as e:
@@ -439,13 +450,9 @@ def _limit(client: Any, cell: Any, limit: float | None) -> float | None:
     limit = client.timeout_func(cell) if client.timeout_func else limit
     return limit if limit and limit > 0 else None
 
-def _leave(kernel: Kernel, clean: bool, failed: bool) -> None:
+def _leave(kernel: Kernel, answers: bool) -> None:
     "Give the kernel back, once the files that the notebook left open are written and its exit handlers have run."
-    if failed and kernel.python:
-        with contextlib.suppress(KernelDied):
-            kernel.call("reset()")
-            kernel.call("farewell()")
-    default_pool().release(kernel, clean, wait=True)
+    default_pool().release(kernel, orderly=answers and kernel.python, wait=True)
 
 def _raise_as_nbclient(error: SpinError | None, cell: Any) -> None:
     from nbclient.exceptions import CellTimeoutError, DeadKernelError

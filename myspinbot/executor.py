@@ -22,7 +22,7 @@ from .artifacts import Store, media_type_of, safe_name
 from .catalogue import Catalogue, did_you_mean
 from .core import Cancelled, InputError, ServiceUnavailable, SpinError, StepFailed, orphaned, process_tag
 from .engine import RunRecord, run_notebook
-from .kernels import KernelPool
+from .pool import KernelPool
 from .schema import MEDIA, Artifact, Event, StepSpec, is_media, port_type, revive, show_value
 
 # %% ../nbs/23_executor.ipynb #19abc170
@@ -267,7 +267,7 @@ class _Attempt:
         try:
             path = self.owner.catalogue.notebook(spec.id)
             self.run = self.timed("run", run_notebook, path, None, values, pool=self.owner.pool, kernel=spec.kernel,
-                family=spec.family, timeout_s=spec.timeout_s, context=told, on_output=tail.output,
+                timeout_s=spec.timeout_s, context=told, on_output=tail.output,
                 should_stop=self.should_stop, tick=tail, grace_s=self.owner.grace_s)
         finally:
             tail()

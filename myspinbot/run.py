@@ -127,7 +127,7 @@ def show(self: Run, output: str = "video") -> Any:  # something that JupyterLab 
 _local: dict[Path, Any] = {}
 
 def local_runner(home: Path | None = None) -> Any:  # a `LocalRunner`
-    "The process's own runner for a data folder; its kernels stay warm between runs."
+    "The process's own runner for a data folder; its kernels stay between runs."
     import atexit
     from myspinbot.runner import LocalRunner
     home = home or settings().home

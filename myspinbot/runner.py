@@ -118,13 +118,13 @@ def control_notebook(
 
 # %% ../nbs/25_runner.ipynb #674d12ad
 class LocalRunner:
-    "Runs graphs without servers; keeps its kernels warm between runs."
+    "Runs graphs without servers; keeps its kernels between runs."
     def __init__(self,
         catalogue: Catalogue,
         home: Path,      # data folder: store/, cache/, scratch/
         slots: int = 2,  # notebooks at once
     ):
-        from myspinbot.kernels import pool_of
+        from myspinbot.pool import pool_of
         self.catalogue, self.home, self.slots = catalogue, home, slots
         self.store = LocalStore(home / "store")
         self.pool = pool_of(settings())
@@ -208,7 +208,7 @@ from fastcore.basics import patch
 
 @patch
 async def notebook(self: LocalJob, t: Task, spec: StepSpec) -> StepRow:
-    "Run a step notebook in a warm kernel, with its retries."
+    "Run a step notebook in a kernel, with its retries."
     async with self.slots:
         while True:
             attempt = self.rows[t.key].attempt + 1

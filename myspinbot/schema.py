@@ -172,14 +172,12 @@ class StepSpec(Wire):
     outputs: dict[Name, str] = {}
     needs: Needs = Needs()
     timeout_s: float = Field(600.0, gt=0, le=7 * 86400)
-    kernel: Literal["warm", "fresh"] = "warm"
+    kernel: Literal["pristine", "resident"] = "pristine"
     retries: int = Field(1, ge=0, le=20)
     weight: float = Field(1.0, gt=0)
     cache: bool = True
     source_hash: str = ""
 
-    @property
-    def family(self) -> str: return self.id.split(".")[0]
     def input(self, name: str) -> Port | None: return next((p for p in self.inputs if p.name == name), None)
 
 # %% ../nbs/01_schema.ipynb #3105c01f

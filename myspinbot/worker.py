@@ -22,7 +22,7 @@ from .core import Conflict, KernelDied, ResourceLimit, ServiceUnavailable, Setti
 from .events import Events
 from .executor import Executor, RunContext, StepResult
 from .journal import Journal
-from .kernels import pool_of
+from .pool import pool_of
 from .schema import Event, StepMessage, StepRow
 
 log = structlog.get_logger("myspinbot.worker")

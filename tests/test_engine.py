@@ -27,8 +27,9 @@ from myspinbot.core import (
     StepTimeout,
 )
 from myspinbot.engine import RunRecord, _beginning, notebook_bytes, run_notebook, save_notebook
-from myspinbot.kernels import Kernel, KernelPool
-from myspinbot.launch import _undisturbed
+from myspinbot.inside import _undisturbed
+from myspinbot.kernels import Kernel
+from myspinbot.pool import KernelPool
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 IN_MEMORY = {"start_time", "end_time", "duration", "input_path", "output_path", "version"}
@@ -181,7 +182,7 @@ def test_notebook_of_an_unknown_kernel(pool: KernelPool, tmp_path: Path):
     nb.metadata.kernelspec.name = "fortran"
     nbformat.write(nb, tmp_path / "fortran.ipynb")
     with pytest.raises(NotFound, match="fortran"): run_notebook(tmp_path / "fortran.ipynb", None, pool=pool)
-    assert pool.acquire("after", timeout_s=5).alive(), "the failed start took no place in the pool"
+    assert pool.acquire(timeout_s=5).alive(), "the failed start took no place in the pool"
 
 
 # Stopping
@@ -196,8 +197,9 @@ def test_stop_climbs_the_ladder(pool: KernelPool, run, name: str, grace_s: float
     r = run(name, on_output=on_output, should_stop=should_stop, grace_s=grace_s)
     assert type(r.error) is Cancelled and r.error.fields["reason"] == "cancelled"
     assert printed(r) == "before\n" + ("swallowed\n" if name == "swallows_interrupt" else "")
-    wait_until(lambda: r.kernel["pid"] in pool._launcher.exits)
-    assert pool._launcher.exits[r.kernel["pid"]] == exit_code
+    exits = next(iter(pool._launcher.parents.values())).exits
+    wait_until(lambda: r.kernel["pid"] in exits)
+    assert exits[r.kernel["pid"]] == exit_code
 
 
 def test_notebook_beyond_its_time_is_stopped(run):
@@ -219,52 +221,84 @@ def test_processes_of_a_run_end_with_it(run, pool: KernelPool):
     wait_until(lambda: not psutil.pid_exists(r.kernel["pid"]))
 
 
-# Warm kernels
+# Pristine and resident kernels
 
-def test_warm_kernel_shows_nothing_of_the_run_before(pool: KernelPool, run):
-    fresh = printed(run("shows_its_state", family="clean", kernel="fresh"))
-    first = run("shows_its_state", family="leak")
-    assert printed(first) == fresh
-    assert run("changes_everything", family="leak").ok
-    again = run("shows_its_state", family="leak")
-    assert again.kernel["id"] == first.kernel["id"] and again.kernel["runs"] == 3
-    assert printed(again) == fresh
+def test_a_kernel_is_never_used_twice_unless_it_is_resident(run):
+    kernels = [run("ok_three_cells").kernel for _ in range(6)]
+    assert len({k["id"] for k in kernels}) == 6 and {(k["kind"], k["runs"]) for k in kernels} == {("pristine", 1)}
+    resident = [run("ok_three_cells", dict(n=i), kernel="resident").kernel for i in range(3)]
+    assert len({k["id"] for k in resident}) == 1
+    assert [(k["kind"], k["runs"]) for k in resident] == [("resident", i) for i in (1, 2, 3)]
 
 
-def test_many_runs_of_one_kernel_stay_equal_and_its_memory_flat(pool: KernelPool, run):
+def test_resident_kernel_serves_one_notebook_source_only(run, pool: KernelPool, tmp_path: Path):
+    first = run("ok_three_cells", kernel="resident").kernel
+    assert run("shows_its_state", kernel="resident").kernel["id"] != first["id"]
+    nb = nbformat.read(NOTEBOOKS / "ok_three_cells.ipynb", 4)
+    (path := tmp_path / "own.ipynb").write_text(nbformat.writes(nb))
+    kernel = lambda **kw: run_notebook(path, None, kw, pool=pool, kernel="resident", cwd=tmp_path).kernel["id"]
+    mine = kernel()
+    assert mine != first["id"] and mine == kernel(n=5), "the same source in another file has a kernel of its own"
+    nb.cells[-1].source += "\nprint('edited')"
+    path.write_text(nbformat.writes(nb))
+    assert kernel() != mine
+
+
+def test_resident_kernel_shows_nothing_of_the_run_before(run, tmp_path: Path, pool: KernelPool):
+    folder = tmp_path / "work"
+    pristine = printed(run("shows_its_state"))
+    changes, shows = ("\n".join(c.source for c in nbformat.read(NOTEBOOKS / f"{o}.ipynb", 4).cells if c.cell_type == "code")
+                      for o in ("changes_everything", "shows_its_state"))
+    cell = nbformat.v4.new_code_cell("change = False", metadata=dict(tags=["parameters"]))
+    both = nbformat.v4.new_code_cell(f"get_ipython().run_cell({changes!r} if change else {shows!r}).raise_error()")
+    nb = nbformat.v4.new_notebook(cells=[cell, both])
+    (path := tmp_path / "both.ipynb").write_text(nbformat.writes(nb))
+    def go(change: bool) -> RunRecord:
+        r = run_notebook(path, tmp_path / "out.ipynb", dict(change=change), pool=pool, kernel="resident", cwd=folder)
+        assert r.ok, r.error
+        return r
+    first = printed(go(False))
+    changed = go(True).kernel["id"]
+    again = go(False)
+    assert again.kernel["id"] == changed and again.kernel["runs"] == 3
+    assert printed(again) == first
+    assert first.replace("'change'", "") == pristine
+
+
+def test_many_runs_of_one_resident_kernel_stay_equal_and_its_memory_flat(run):
     sizes = []
     for i in range(80):
-        r = run("ok_three_cells", dict(n=i), family="long")
+        r = run("ok_three_cells", dict(n=i), kernel="resident")
         assert r.ok and printed(r) == f"n is {i + 1}\n"
         if i in (20, 79): sizes.append(psutil.Process(r.kernel["pid"]).memory_info().rss)
-    assert r.kernel["runs"] == 80
+    assert r.kernel["runs"] >= 80
     assert sizes[1] < sizes[0] * 1.1
 
 
-def test_warm_kernel_keeps_nothing_of_the_source_of_an_earlier_run(pool: KernelPool, run):
-    assert run("ok_three_cells", dict(n=123456789), family="source").ok
-    kernel = pool.acquire("source")
-    try: reply = kernel.request("", silent=True, expression="[len(get_ipython().history_manager.db_input_cache), "
-                                "len(get_ipython().kernel.session.digest_history) < 5]")
-    finally: pool.release(kernel)
-    assert kernel.runs == 2 and reply["user_expressions"]["spin"]["data"]["text/plain"] == "[0, True]"
+def test_resident_kernel_keeps_nothing_of_the_source_of_an_earlier_run():
+    with KernelPool(spare=0) as pool:
+        kernel = pool.acquire(resident="source")
+        kernel.request("n = 123456789")
+        pool.release(kernel)
+        kernel = pool.acquire(resident="source")
+        reply = kernel.request("", silent=True, expression="[len(get_ipython().history_manager.db_input_cache), "
+                               "len(get_ipython().kernel.session.digest_history) < 5]")
+        assert kernel.runs == 2 and reply["user_expressions"]["spin"]["data"]["text/plain"] == "[0, True]"
 
 
-def test_a_run_sends_one_request_a_cell_straight_to_the_main_thread(pool: KernelPool, run, monkeypatch):
+def test_a_run_sends_one_request_a_cell_straight_to_the_main_thread(run, monkeypatch):
     sent, send = [], Kernel.send
     def told(self: Kernel, code: str, **kw) -> str:
-        if self.family in ("", "ways"): sent.append(code)  # a kernel of an earlier test may be under reset
+        if self.runs: sent.append(code)  # before its first run it rehearses
         return send(self, code, **kw)
-    monkeypatch.setattr(Kernel, "send", told)
-    run("ok_three_cells", family="ways")
-    assert [o for o in sent if o] == ["n: int = 1  # any number", "n += 1", "print('n is', n)\nn"]
-    assert len(sent) - 3 <= 2  # a new kernel's baseline, and the reset beside
-    kernel, seen = pool.acquire("ways"), []
-    threads = "import threading; print(*[t.name for t in threading.enumerate()], sep='|')"
-    try: kernel.request(threads, on_message=seen.append)
-    finally: pool.release(kernel)
+    with KernelPool(spare=0) as pool:
+        monkeypatch.setattr(Kernel, "send", told)
+        run("ok_three_cells", pool=pool)
+        assert sent == ["n: int = 1  # any number", "n += 1", "print('n is', n)\nn"]
+        kernel, seen = pool.acquire(), []
+        kernel.request("import threading; print(*[t.name for t in threading.enumerate()], sep='|')", on_message=seen.append)
     assert {"MainThread", "IOPub"} <= set(seen[1]["content"]["text"].strip().split("|"))
-    assert "Shell channel" not in seen[1]["content"]["text"]
+    assert not {"Shell channel", "Control"} & set(seen[1]["content"]["text"].strip().split("|"))
     assert [m["msg_type"] for m in seen] == ["execute_input", "stream", "status"]
 
 
@@ -289,89 +323,108 @@ def test_interrupt_of_a_cell_that_prints_without_pause_is_answered_by_the_cell(r
         assert cells(r)[-1].outputs[-1].ename == "KeyboardInterrupt"  # it answered: no rung above the interrupt was needed
 
 
-def test_kernel_is_replaced_after_an_error(run):
-    first, second = run("raises", family="err"), run("ok_three_cells", family="err")
-    assert first.kernel["id"] != second.kernel["id"]
+def test_resident_kernel_is_replaced_after_an_error():
+    with KernelPool(spare=0) as pool:
+        k = pool.acquire(resident="a")
+        pool.release(k, ok=False)
+        assert pool.acquire(resident="a").id != k.id
 
 
-def test_kernel_started_for_a_run_stays_warm_when_the_folder_of_that_run_is_gone(tmp_path: Path):
+def test_resident_kernel_outlives_the_folder_of_its_first_run(tmp_path: Path):
     with KernelPool(spare=0) as pool:
         (folder := tmp_path / "run").mkdir()
-        k = pool.acquire("a", cwd=folder)
+        k = pool.acquire(resident="a", cwd=folder)
         k.enter(None, str(folder))
         assert k.request("x = 1")["status"] == "ok"
         folder.rmdir()
         pool.release(k, wait=True)
-        assert pool.acquire("a").id == k.id
+        assert pool.acquire(resident="a").id == k.id
 
 
 def test_kernel_that_runs_while_the_pool_is_closed_is_ended_and_can_be_given_back():
     pool = KernelPool(spare=0)
-    k = pool.acquire("a")
+    k = pool.acquire()
     pool.close()
     pool.release(k, False)
     wait_until(lambda: not psutil.pid_exists(k.pid) and pool._total() == 0)
 
 
-def test_fresh_kernel_was_never_used_and_is_another_than_the_warm_one(run):
-    warm, fresh = run("ok_three_cells", family="f"), run("ok_three_cells", family="f", kernel="fresh")
-    assert fresh.kernel["runs"] == 1 and fresh.kernel["id"] != warm.kernel["id"]
-
-
 @pytest.mark.parametrize("limit", [dict(max_runs=1), dict(max_mb=1)])
-def test_kernel_past_its_mark_is_replaced(tmp_path: Path, limit: dict):
+def test_resident_kernel_past_its_mark_is_replaced(tmp_path: Path, limit: dict):
     with KernelPool(spare=0, **limit) as pool:
         ids = set()
         for _ in range(2):
-            k = pool.acquire("a")
+            k = pool.acquire(resident="a")
             ids.add(k.id)
             pool.release(k)
             wait_until(lambda k=k: not psutil.pid_exists(k.pid))
         assert len(ids) == 2
 
 
-def test_kernel_with_yesterdays_code_is_replaced():
+def test_resident_kernel_with_yesterdays_code_is_replaced(tmp_path: Path):
+    (tmp_path / "helper_of_resident.py").write_text("VALUE = 1")
     with KernelPool(spare=0) as pool:
-        k = pool.acquire("a")
-        k.sources, k.started_ns = [__file__], 0  # as if a module it imported had been saved since
-        pool.release(k)
-        assert pool.acquire("a").id != k.id
+        k = pool.acquire(resident="a")
+        k.request(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import helper_of_resident")
+        pool.release(k, wait=True)
+        again = pool.acquire(resident="a")
+        assert again.id == k.id
+        pool.release(again, wait=True)
+        (tmp_path / "helper_of_resident.py").write_text("VALUE = 222")
+        assert pool.acquire(resident="a").id != k.id
 
 
 def test_threads_get_kernels_of_their_own_and_the_pool_stays_within_its_bound():
     with KernelPool(max_kernels=2, spare=0) as pool:
-        a, b = pool.acquire("a"), pool.acquire("b")
+        a, b = pool.acquire(resident="a"), pool.acquire()
         assert a.id != b.id
-        with pytest.raises(ServiceUnavailable, match="All 2 kernels are in use"): pool.acquire("c", timeout_s=0.2)
+        with pytest.raises(ServiceUnavailable, match="All 2 kernels are in use"): pool.acquire(timeout_s=0.2)
         threading.Timer(0.2, pool.release, [a]).start()
-        c = pool.acquire("c", timeout_s=10)
-        assert c.family == "c" and not a.alive(), "the idle kernel of another family made room"
+        assert pool.acquire(timeout_s=10).id != a.id and not a.alive(), "the idle resident kernel made room"
 
 
-def test_dead_idle_kernel_is_not_handed_out():
-    with KernelPool(spare=0) as pool:
-        k = pool.acquire("a")
-        pool.release(k)
-        wait_until(lambda: "idle=1" in repr(pool))
-        os.kill(k.pid, signal.SIGKILL)
-        wait_until(lambda: not k.alive())
-        assert pool.acquire("a").id != k.id
-
-
-def test_spare_is_started_when_nothing_runs():
+@pytest.mark.parametrize("waiting", ["resident", "spare"])
+def test_dead_waiting_kernel_is_not_handed_out(waiting: str):
     with KernelPool(spare=1) as pool:
-        k = pool.acquire("a")
-        assert "spare=0" in repr(pool)
-        pool.release(k)
-        wait_until(lambda: "spare=1" in repr(pool))
+        k = pool.acquire(resident="a" if waiting == "resident" else "")
+        pool.release(k, wait=True)
+        wait_until(lambda: f"{waiting}=1" in repr(pool))
+        [dead] = pool._idle if waiting == "resident" else pool._spares[()]
+        os.kill(dead.pid, signal.SIGKILL)
+        wait_until(lambda: not dead.alive())
+        assert pool.acquire(resident="a" if waiting == "resident" else "").id != dead.id
+
+
+def test_spares_are_forked_ahead_for_the_imports_in_use_and_give_way_to_others():
+    with KernelPool(spare=2, max_kernels=4) as pool:
+        pool.release(pool.acquire(["wave"]))
+        wait_until(lambda: list(map(len, pool._spares.values())) == [2] and pool._used == 0)
+        assert pool.acquire(["wave"]).request("import sys; assert 'wave' in sys.modules")["status"] == "ok"
+        for _ in range(3):
+            other = pool.acquire(["sndhdr"], timeout_s=20)
+            assert other.request("assert 'wave' not in __import__('sys').modules")["status"] == "ok"
+
+
+def test_other_variables_of_the_owner_are_those_of_the_next_kernel(monkeypatch):
+    with KernelPool() as pool:
+        def shown() -> str:
+            k, said = pool.acquire(), []
+            k.request("import os; print(os.environ.get('SPIN_OF_THE_OWNER'))", on_message=said.append)
+            pool.release(k)
+            return said[1]["content"]["text"].strip()
+        assert shown() == "None"
+        monkeypatch.setenv("SPIN_OF_THE_OWNER", "new")
+        assert shown() == "new"
+        monkeypatch.delenv("SPIN_OF_THE_OWNER")
+        assert shown() == "None"
 
 
 # Nothing is left over
 
 def test_killed_owner_leaves_no_kernel_and_no_file():
-    code = ("import time; from myspinbot.kernels import KernelPool; p = KernelPool(spare=0); k = p.acquire('a');"
+    code = ("import time; from myspinbot.pool import KernelPool; p = KernelPool(spare=1); k = p.acquire(['wave']);"
             "k.send('import time, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)');"
-            "print(k.pid, p._launcher._process.pid, k.launcher.folder, flush=True); time.sleep(600)")
+            "print(k.pid, p._launcher._process.pid, k.parent.folder, flush=True); time.sleep(600)")
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     kernel, launcher, folder = owner.stdout.readline().split()
     owner.kill()
@@ -381,23 +434,23 @@ def test_killed_owner_leaves_no_kernel_and_no_file():
 
 
 def test_killed_launcher_takes_its_kernels_along_and_is_replaced(run, pool: KernelPool):
-    r = run("ok_three_cells", family="l")
+    r = run("ok_three_cells", kernel="resident")
     pool._launcher._process.kill()
     wait_until(lambda: not psutil.pid_exists(r.kernel["pid"]) or psutil.Process(r.kernel["pid"]).status() == "zombie")
-    again = run("ok_three_cells", family="l")
+    again = run("ok_three_cells", kernel="resident")
     assert again.ok and again.kernel["runs"] == 1
 
 
 def test_closed_pool_leaves_nothing():
     pool = KernelPool(spare=1)
-    kernels = [pool.acquire("a"), pool.acquire("b")]
-    folders = {k.launcher.folder for k in kernels}
+    kernels = [pool.acquire(["wave"]), pool.acquire(resident="b")]
+    folders = {k.parent.folder for k in kernels}
     assert all(o.is_dir() for o in folders)
     pool.release(kernels[0])
     pool.close()
     assert not any(psutil.pid_exists(k.pid) for k in kernels)
     assert not any(o.exists() for o in folders)
-    with pytest.raises(ServiceUnavailable, match="closed"): pool.acquire("a")
+    with pytest.raises(ServiceUnavailable, match="closed"): pool.acquire()
 
 
 def test_notebook_that_cannot_be_written_leaves_the_old_one_whole(tmp_path: Path):

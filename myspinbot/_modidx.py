@@ -845,6 +845,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'myspinbot.launch._fork_kernels': ('launch.html#_fork_kernels', 'myspinbot/launch.py'),
                                   'myspinbot.launch._fork_once': ('launch.html#_fork_once', 'myspinbot/launch.py'),
                                   'myspinbot.launch._generators': ('launch.html#_generators', 'myspinbot/launch.py'),
+                                  'myspinbot.launch._has_children': ('launch.html#_has_children', 'myspinbot/launch.py'),
                                   'myspinbot.launch._open_sockets': ('launch.html#_open_sockets', 'myspinbot/launch.py'),
                                   'myspinbot.launch._package': ('launch.html#_package', 'myspinbot/launch.py'),
                                   'myspinbot.launch._reap': ('launch.html#_reap', 'myspinbot/launch.py'),

@@ -43,9 +43,14 @@ def serve(
 def kill_group(pid: int, sig: int = signal.SIGKILL) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(pid, sig)
 
-# %% ../nbs/21_launch.ipynb #e529267f
+# %% ../nbs/21_launch.ipynb #b2aa1f32
 def _threads() -> int:
     return len(os.listdir("/proc/self/task")) if sys.platform == "linux" else threading.active_count()
+
+def _has_children() -> bool:
+    try: os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError: return False
+    return True
 
 def _open_sockets() -> set[str]:
     found = set()
@@ -73,9 +78,12 @@ def import_shared(
 ) -> str:  # why it must not be shared by forks; "": it may
     "Import a module into a parent, and look at what that did to the process."
     before, sockets, said = set(sys.modules), _open_sockets(), _said()
+    above, _, tail = name.rpartition(".")
+    if above in sys.modules and hasattr(sys.modules[above], tail): return ""  # `from a import b` does not import it, either
     try: import_module(name)
     except BaseException as e: return f"its import raised {type(e).__name__}"  # as it will in the notebook
     if _threads() > 1: _fork_once()
+    if _has_children(): return "its import starts processes"
     if (n := _threads()) > 1: return f"its import starts threads ({n - 1})"
     if _open_sockets() - sockets: return "its import opens sockets"
     if _said() != said: return "its import prints"
@@ -100,6 +108,7 @@ def _serve_parent(app: Any, above: socket.socket, fd: int, request: dict[str, An
     "In the forked child of the launcher: import, then fork kernels on request; never returns."
     try:
         _die_with(launcher)
+        os.setpgid(0, 0)  # with what an import may start
         above.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         log = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
@@ -112,7 +121,8 @@ def _serve_parent(app: Any, above: socket.socket, fd: int, request: dict[str, An
         _tell(owner, refused=refused, files={o: mtime_ns(o) for o in new})
         gc.collect()
         gc.freeze()
-        if not refused: _fork_kernels(app, owner)
+        if refused: kill_group(os.getpid())
+        _fork_kernels(app, owner)
     except BaseException:
         import traceback
         traceback.print_exc()
@@ -277,8 +287,7 @@ class Parent:
 
     def kill(self) -> None:
         "End it before it has a kernel, even in the middle of an import."
-        with contextlib.suppress(ProcessLookupError):
-            if not self.ended: os.kill(self.process, signal.SIGKILL)
+        if not self.ended: kill_group(self.process)
         self.close()
 
     def told(self, wanted: Sequence[str]) -> dict[str, Any]:

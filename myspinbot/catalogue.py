@@ -7,11 +7,11 @@ __all__ = ['ControlFunction', 'ControlContext', 'control_step', 'Declined', 'app
            'NotebookError', 'load_step', 'source_hash']
 
 # %% ../nbs/02_catalogue.ipynb #5e6d1447
-import ast, inspect, os, textwrap
+import ast, inspect, os, sys, textwrap
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,10 +19,11 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from .core import ConfigError, GateFailed, GraphError, NotFound, Settings, SpinError, hash_bytes, settings
+from .core import ConfigError, GateFailed, GraphError, NotFound, Settings, SpinError, hash_bytes, hash_json, settings
 from .schema import Graph, Port, StepSpec, port_type, show_value
-from .spec import NotebookError, cells_of, comments_in, did_you_mean, load_step, make_spec, modules_hash
-from .spec import package_dir, read_notebook, source_hash, without_comments
+from .source import NotebookError, Sources, cells_of, modules_of, package_dir, read_notebook, settled, sources_of, unchanged
+from .source import without_comments
+from .spec import comments_in, did_you_mean, load_step, make_spec, source_hash
 
 _all_ = ["NotebookError", "load_step", "source_hash"]
 
@@ -56,12 +57,15 @@ def _ports_of(fn: ControlFunction) -> tuple[Port, ...]:
                           help=help.get(p.name, "")))
     return tuple(ports)
 
-def _control_hash(fn: ControlFunction) -> str:
-    "Hash of a control step's own source, and of its module and what that imports if it is one of ours."
-    own = fn.__module__.removeprefix("myspinbot.")
-    if (package_dir() / f"{own}.py").is_file(): return modules_hash([own])
-    try: return hash_bytes(without_comments(inspect.getsource(fn)).encode())
-    except OSError: return hash_bytes(fn.__code__.co_code)
+def _control_sources(fn: ControlFunction) -> Sources:
+    "What a control step is made of: its module and what that imports; of one typed at a prompt, its own source."
+    s = modules_of([fn.__module__] if fn.__module__ != "__main__" else [])
+    if s.modules: return s
+    try: return replace(s, digest=hash_bytes(without_comments(inspect.getsource(fn)).encode()))
+    except OSError: return replace(s, digest=hash_bytes(fn.__code__.co_code))
+
+def _control_hash(s: Sources) -> str: return hash_json([s.digest, [[k, s.digests[v]] for k, v in s.modules.items()]])
+
 
 # %% ../nbs/02_catalogue.ipynb #b88f10ac
 def control_step(
@@ -136,21 +140,29 @@ class Catalogue:
     ):
         self.dir = Path(pipelines_dir).absolute()
         self._seen: tuple[Any, Any] = (None, None)
+        self._watched: dict[str, Any] = {}  # files and folders that the steps are made of
 
     def __repr__(self) -> str: return f"Catalogue({str(self.dir)!r})"
 
     def _scan(self) -> tuple[dict[str, StepSpec], dict[str, Path], dict[str, SpinError]]:
         "Steps, notebooks and errors; read again only when a file that matters has changed."
         errors = _load_control_modules()
-        stamp = (len(_registered), _stamp(self.dir / "steps", ".ipynb"), _stamp(package_dir(), ".py"))
-        if self._seen[0] != stamp: self._seen = (stamp, self._read(dict(errors)))
-        return self._seen[1]
+        stamp = (len(_registered), tuple(sys.path), _stamp(self.dir / "steps", ".ipynb"))
+        if self._seen[0] == stamp and unchanged(self._watched): return self._seen[1]
+        found, watched = self._read(dict(errors))
+        self._watched, self._seen = watched, (stamp if settled(watched) else None, found)
+        return found
 
-    def _read(self, errors: dict[str, SpinError]) -> tuple[dict[str, StepSpec], dict[str, Path], dict[str, SpinError]]:
-        specs = {id: spec.model_copy(update=dict(source_hash=_control_hash(fn))) for id, (spec, fn) in _control.items()}
-        paths: dict[str, Path] = {}
+    def _read(self, errors: dict[str, SpinError]) -> tuple[Any, dict[str, Any]]:
+        specs, paths, watched = {}, {}, {}
+        for id, (spec, fn) in _control.items():
+            s = _control_sources(fn)
+            specs[id] = spec.model_copy(update=dict(source_hash=_control_hash(s)))
+            watched |= s.watched
         for path in sorted((self.dir / "steps").glob("[!._]*.ipynb")):
-            try: spec = load_step(path)
+            try:
+                spec = load_step(path)
+                watched |= sources_of(path).watched
             except Exception as e:  # whatever one file does to the reader, the others count
                 errors[str(path)] = e if isinstance(e, SpinError) else NotebookError(
                     f"{path.name} cannot be read: {type(e).__name__}: {e}.", "Save it again in JupyterLab, or remove it.")
@@ -161,7 +173,7 @@ class Catalogue:
                                                   "Choose another id.")
                 continue
             specs[spec.id], paths[spec.id] = spec, path
-        return specs, paths, errors
+        return (specs, paths, errors), watched
 
     def steps(self) -> dict[str, StepSpec]:
         "All usable steps by id."

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from .catalogue import modules_hash
+from .source import modules_hash
 from .core import ConfigError, hash_json, new_id, settings
 
 # %% ../nbs/30_samples.ipynb #800b93b3

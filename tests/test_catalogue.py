@@ -9,7 +9,8 @@ import pytest
 from myspinbot.catalogue import Catalogue, Declined, approve, catalogue, control_step, using
 from myspinbot.core import ConfigError, GraphError, NotFound, SpinError
 from myspinbot.schema import Image
-from myspinbot.spec import NotebookError, load_step, package_dir, parse_parameters, source_hash
+from myspinbot.source import NotebookError, package_dir
+from myspinbot.spec import load_step, parse_parameters, source_hash
 
 
 def write(path: Path, *cells: Any, meta: Any = None, **info: Any) -> Path:
@@ -126,9 +127,9 @@ def test_source_hash_follows_code_and_imported_modules_only(tmp_path: Path) -> N
 def test_source_hash_sees_a_change_two_imports_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "myspinbot"
     package.mkdir()
-    for name, src in dict(near="from .far import f", far="f = 1", core="version = 1").items():
+    for name, src in dict(__init__="", near="from .far import f", far="f = 1", core="version = 1").items():
         (package / f"{name}.py").write_text(src)
-    monkeypatch.setattr("myspinbot.spec.package_dir", lambda: package)
+    monkeypatch.syspath_prepend(str(tmp_path))
     def change(name: str, src: str) -> str:
         (package / f"{name}.py").write_text(src)
         return source_hash(nb)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Watch', 'Collector', 'RunRecord', 'run_cell', 'run_cells', 'load_notebook', 'notebook_bytes', 'save_notebook',
-           'default_pool', 'run_notebook', 'SpinEngine']
+           'default_pool', 'run_notebook', 'shared_imports', 'SpinEngine']
 
 # %% ../nbs/22_engine.ipynb #50caec13
-import contextlib, copy, json, os, re, threading, time
+import contextlib, copy, json, os, re, sys, threading, time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,6 +30,7 @@ from myspinbot.core import (
 )
 from .kernels import LEAVING, Kernel
 from .pool import KernelPool
+from .source import Facts, Import, gather, package_dir, sources_of
 
 # %% ../nbs/22_engine.ipynb #3cea071b
 class Watch:
@@ -315,7 +316,7 @@ def run_notebook(
     *,
     pool: KernelPool | None = None,        # None: the process's own
     kernel: str = "pristine",              # "resident": one that serves this notebook's source again and again
-    imports: Sequence[str] = (),           # installed modules that its kernel should have imported already
+    imports: Sequence[str] | None = None,  # what its kernel should have imported already; None: `shared_imports`
     timeout_s: float | None = None,        # for the whole notebook
     context: dict[str, Any] | None = None, # for `step.enter`
     cwd: str | Path | None = None,         # None: the context's folder, else this process's
@@ -331,6 +332,7 @@ def run_notebook(
     record, began = RunRecord(started=time.time(), notebook=Path(out_path) if out_path else None), time.monotonic()
     folder = str(cwd or (context or {}).get("folder") or os.getcwd())
     resident = _resident_name(path, nb) if kernel == "resident" else ""
+    imports = shared_imports(path) if imports is None else imports
     k = pool.acquire(imports, resident, name=nb.metadata.kernelspec.name, cwd=folder, should_stop=should_stop)
     record.kernel = dict(id=k.id, kind="resident" if resident else "pristine", runs=k.runs, pid=k.pid, **k.parent.told(imports))
     try:
@@ -347,6 +349,20 @@ def run_notebook(
     if out_path: save_notebook(nb, out_path)
     else: record.document = notebook_bytes(nb)
     return record
+
+def shared_imports(
+    path: str | Path,  # of a notebook
+) -> tuple[str, ...]:
+    "Modules of installed packages that a notebook imports before it does anything else: its kernel may have them already."
+    try: found = sources_of(path).leading
+    except SpinError: return ()  # a notebook that only papermill can read
+    return tuple(o for o in found if o.partition(".")[0] not in sys.stdlib_module_names and o not in _of_every_kernel())
+
+@lru_cache(maxsize=1)
+def _of_every_kernel() -> frozenset[str]:
+    "What every kernel has imported, with the contract of steps."
+    contract = Facts("", ahead=(Import(0, "myspinbot.step"), Import(0, "IPython.display")))
+    return frozenset(gather(contract, str(package_dir())).leading)
 
 def _resident_name(path: str | Path, nb: Any) -> str:
     "Names a notebook's source, without the parameters of this run."
@@ -401,7 +417,7 @@ class SpinEngine:
         saves.now()
         ended = False
         try:
-            _execute(manager, kernel_name, show, limit, start_timeout, saves, _known(settings))
+            _execute(manager, kernel_name, input_path, show, limit, start_timeout, saves, _known(settings))
             ended = True
         finally:
             pending = [] if ended else [c for c in nb.cells if c.metadata.papermill["status"] == manager.PENDING]
@@ -413,11 +429,11 @@ class SpinEngine:
         return nb
 
 # %% ../nbs/22_engine.ipynb #5b2a9c1e
-def _execute(manager: Any, name: str, show: Callable, limit: float | None, start_s: float, saves: Callable,
+def _execute(manager: Any, name: str, path: str | None, show: Callable, limit: float | None, start_s: float, saves: Callable,
              settings: dict[str, Any]) -> None:
     "Run the cells; raises what papermill would for what leaves no traceback in a cell."
     from papermill.log import logger
-    nb, kernel, error = manager.nb, _kernel(name, start_s), None
+    nb, kernel, error = manager.nb, _kernel(name, start_s, shared_imports(path) if path else ()), None
     logger.info(f"Executing notebook with kernel: {name}")
     answers = False
     try:
@@ -436,10 +452,10 @@ def _execute(manager: Any, name: str, show: Callable, limit: float | None, start
     finally: _leave(kernel, answers)
     _raise_as_nbclient(error, nb.cells[index] if error else None)
 
-def _kernel(name: str, start_s: float) -> Kernel:
+def _kernel(name: str, start_s: float, imports: Sequence[str]) -> Kernel:
     "A kernel of the process's pool; errors are those that papermill's own engine raises."
     from jupyter_client.kernelspec import NoSuchKernel
-    try: return default_pool().acquire(name=name, cwd=os.getcwd(), start_s=start_s)
+    try: return default_pool().acquire(imports, name=name, cwd=os.getcwd(), start_s=start_s)
     except NotFound as e: raise NoSuchKernel(name) from e
     except KernelDied as e: raise RuntimeError(f"Kernel died before replying to kernel_info: {e}") from e
     except ServiceUnavailable as e:

@@ -44,7 +44,7 @@ def write_pipelines(folder: Path) -> Path:
     (folder / "steps").mkdir(parents=True)
     cells = [new_markdown_cell("# Nothing\nOne number in, the next one out."),
              new_code_cell(PARAMETERS, metadata=dict(tags=["parameters"])), new_code_cell(STEP), new_code_cell(SAY)]
-    about = dict(id="noop.notebook", version="1", queue="cpu", outputs=dict(value="int"), kernel="warm", cache=False)
+    about = dict(id="noop.notebook", version="1", queue="cpu", outputs=dict(value="int"), cache=False)
     kernel = dict(name="python3", display_name="python3", language="python")
     nb = new_notebook(cells=cells, metadata=dict(myspinbot=about, kernelspec=kernel))
     nbformat.write(nb, folder / "steps" / "noop_notebook.ipynb")

@@ -73,11 +73,11 @@ free = None
 
 
 def test_step_notebook_gives_its_spec(tmp_path: Path) -> None:
-    path = add_step(tmp_path, version="2", queue="gpu", needs={"vram_gb": 8, "models": ["wan"]}, kernel="fresh",
+    path = add_step(tmp_path, version="2", queue="gpu", needs={"vram_gb": 8, "models": ["wan"]}, kernel="resident",
                     timeout_s=30)
     spec = load_step(path)
     assert (spec.id, spec.version, spec.queue, spec.kernel, spec.title, spec.description) == (
-        "demo.shout", "2", "gpu", "fresh", "Shout", "Loud.")
+        "demo.shout", "2", "gpu", "resident", "Shout", "Loud.")
     assert spec.needs.models == ("wan",) and spec.kind == "notebook" and len(spec.source_hash) == 64
 
 

@@ -15,7 +15,7 @@ from myspinbot.artifacts import LocalStore
 from myspinbot.catalogue import Catalogue
 from myspinbot.core import Cancelled, GateFailed, InputError, KernelDied, NotFound, ServiceUnavailable, StepFailed
 from myspinbot.executor import Executor, RunContext, StepResult
-from myspinbot.kernels import KernelPool
+from myspinbot.pool import KernelPool
 from myspinbot.schema import Artifact, Event
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
@@ -70,7 +70,7 @@ def test_the_record_says_how_it_was_made(executor: Executor, run):
     record = run("toy.toy").record
     assert {"python", "myspinbot", "papermill", "numpy"} <= set(record["versions"])
     assert set(record["seconds"]) == {"fetch", "run", "store"}
-    assert {"id", "family", "runs", "warm", "pid"} == set(record["kernel"]) and record["kernel"]["family"] == "toy"
+    assert {"id", "kind", "runs", "pid", "shares"} == set(record["kernel"]) and record["kernel"]["kind"] == "pristine"
     assert record["source_hash"] == executor.catalogue.step("toy.toy").source_hash != ""
     assert [c["status"] for c in record["cells"]] == ["completed"] * len(record["cells"])
     json.dumps(record)

@@ -21,7 +21,7 @@ from PIL import Image as Picture
 from myspinbot.catalogue import Catalogue
 from myspinbot.core import InputError
 from myspinbot.engine import run_notebook
-from myspinbot.kernels import KernelPool
+from myspinbot.pool import KernelPool
 from myspinbot.runner import LocalRunner
 from myspinbot.schema import Artifact, Graph, Node, ParamRef, Port, PortRef
 

@@ -16,7 +16,7 @@ from table import Row, main
 
 from myspinbot.catalogue import catalogue
 from myspinbot.executor import Executor, RunContext
-from myspinbot.kernels import KernelPool
+from myspinbot.pool import KernelPool
 from myspinbot.runner import LocalRunner
 from myspinbot.speech import speak
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from engine import NOTEBOOK, installation
 from myspinbot.engine import RunRecord, run_notebook
-from myspinbot.kernels import KernelPool
+from myspinbot.pool import KernelPool
 from table import Row, main
 
 HEAVY = ("torch", "dlib", "av", "numpy", "cv2", "psycopg", "redis", "minio", "langgraph", "papermill", "matplotlib")

@@ -15,6 +15,10 @@ from myspinbot.schema import Artifact, Graph, Node, PortRef
 
 ROOT = Path(__file__).parent.parent
 CATALOGUE = Catalogue(ROOT / "pipelines")
+BEFORE = {  # what the worker runs first, in the same kernel if that is a resident one
+    "portrait.prepare": dict(size=256, upscaler="none"), "speech.piper": dict(text="Quite another sentence.", seed=3),
+    "portrait.talk": dict(seed=1, motion=0.5), "video.check": dict(min_sync=0.1),
+}
 NOTEBOOKS = sorted(p.stem for p in (ROOT / "pipelines" / "steps").glob("*.ipynb"))
 
 
@@ -57,14 +61,17 @@ def test_step_notebook_gives_one_result_three_ways(stem, farm, tmp_path, monkeyp
     f = farm(ROOT / "pipelines")
     f.start("control")
     f.start("w1")
-    g = Graph(name="one", nodes=(Node(id="it", step=spec.id),), outputs={k: PortRef(node="it",
-        port=k) for k in spec.outputs})
+    before = Node(id="before", step=spec.id, inputs=BEFORE[spec.id])
+    g = Graph(name="one", nodes=(before, Node(id="it", step=spec.id, after=("before",))),
+              outputs={k: PortRef(node="it", port=k) for k in spec.outputs})
     job = f.done(f.client.submit(g).id)
     assert job.status == "succeeded", job.error
     results["worker"] = {k: plain(v) for k, v in job.outputs.items()}
 
     assert set(results["worker"]) == set(spec.outputs)
     assert results["run_all"] == results["papermill"] == results["worker"]
+    kernel = f.step(job.id, "it").record["kernel"]
+    assert (kernel["kind"], kernel["runs"]) == (spec.kernel, 2 if spec.kernel == "resident" else 1)
 
 
 def test_pipeline_notebook_runs_by_papermill_and_plays_its_video(tmp_path):

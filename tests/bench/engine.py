@@ -1,10 +1,12 @@
-"""A no-op step on a warm worker, from claim to commit, beside papermill's own engine on the same notebook in the same run.
+"""A no-op step, from claim to commit, in a pristine and in a resident kernel, beside papermill's own engine in the same run.
 
 The worker is a process of its own on a real Redis (AOF), PostgreSQL and a local store, with its heartbeat and cancel
-listener running; it notes the time before `claim_step` and after `commit_step`. Each round runs papermill once, then
-steps one after another, each sent when the one before is done. Last comes what a worker does when many steps wait.
+listener running; it notes the time before `claim_step` and after `commit_step`. Each round runs papermill once, then steps
+one after another: pristine ones with a pause in which the worker can fork a spare kernel, resident ones without. Last come
+what a worker does when many steps wait, and what a spare kernel weighs.
 """
 import itertools
+import json
 import os
 import signal
 import statistics
@@ -18,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from myspinbot.catalogue import Catalogue
 from myspinbot.client import Client
 from myspinbot.core import Settings
@@ -26,7 +30,9 @@ from myspinbot.schema import Graph, StepMessage, StepRow
 from table import Row, main
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "ok_three_cells.ipynb"
-ROUNDS, STEPS, WAITING = 7, 40, 100
+ROUNDS, STEPS, WAITING, PAUSE_S = 7, 40, 150, 0.1
+
+KINDS = ("pristine", "resident")
 
 
 def worker(out: str) -> None:
@@ -58,7 +64,10 @@ def installation(**settings: Any) -> Iterator[tuple[Client, dict[str, str], Path
         home = Path(name)
         steps = home / "pipelines" / "steps"
         steps.mkdir(parents=True)
-        (steps / "toy_ok_three_cells.ipynb").write_text(NOTEBOOK.read_text())
+        for kind in KINDS:
+            nb = json.loads(NOTEBOOK.read_text())
+            nb["metadata"]["myspinbot"] = dict(nb["metadata"]["myspinbot"], id=f"toy.{kind}", kernel=kind)
+            (steps / f"toy_{kind}.ipynb").write_text(json.dumps(nb))
         servers = Embedded(home)
         urls = servers.start()
         settings |= dict(redis_url=urls.redis_url, postgres_url=urls.postgres_url, pipelines_dir=str(steps.parent))
@@ -71,7 +80,7 @@ def installation(**settings: Any) -> Iterator[tuple[Client, dict[str, str], Path
 class Sender:
     "Queues no-op steps of one job, as a conductor does, and waits for them."
     def __init__(self, client: Client):
-        self.client, self.spec, self.keys = client, client.catalogue.step("toy.ok_three_cells"), itertools.count()
+        self.client, self.keys = client, itertools.count()
         client.journal.submit(Graph(name="bench"), {})
         [self.job] = client.journal.lease_jobs("bench", 600, 1)
         self.done, self.stop = set(), threading.Event()
@@ -84,11 +93,12 @@ class Sender:
                 self.done.add(hint["key"])
                 self.changed.notify_all()
 
-    def send(self, count: int) -> list[str]:
+    def send(self, count: int, kind: str = "pristine") -> list[str]:
+        spec = self.client.catalogue.step(f"toy.{kind}")
         keys, j = [f"n{next(self.keys)}" for _ in range(count)], self.client.journal
         for k in keys:
-            j.queue_step(self.job.id, self.job.epoch, StepRow(job=self.job.id, key=k, node=k, step=self.spec.id,
-                                                              source_hash=self.spec.source_hash))
+            j.queue_step(self.job.id, self.job.epoch, StepRow(job=self.job.id, key=k, node=k, step=spec.id,
+                                                              source_hash=spec.source_hash))
         ids = self.client.bridge.publish_many([("cpu", "normal", StepMessage(job=self.job.id, key=k)) for k in keys])
         j.mark_published([(self.job.id, k, id) for k, id in zip(keys, ids, strict=True)])
         return keys
@@ -98,12 +108,13 @@ class Sender:
             if not self.changed.wait_for(lambda: self.done.issuperset(keys), timeout_s):
                 raise TimeoutError(f"not done in {timeout_s:g} s: {sorted(set(keys) - self.done)[:3]}")
 
-    def run(self, count: int) -> list[str]:
+    def run(self, count: int, kind: str = "pristine", pause_s: float = 0.0) -> list[str]:
         "One after another."
         keys = []
         for _ in range(count):
-            keys += self.send(1)
+            keys += self.send(1, kind)
             self.wait(keys[-1:])
+            time.sleep(pause_s)
         return keys
 
 
@@ -118,6 +129,15 @@ def papermill(folder: Path) -> float:
 def times(out: Path) -> dict[str, float]: return {k: float(ms) for k, ms in map(str.split, out.read_text().splitlines())}
 
 
+def weights(worker: int) -> tuple[list[float], list[float]]:
+    "MB of each waiting kernel, and of the processes that they were forked from, all shared pages divided."
+    def pss(p: psutil.Process) -> float: return p.memory_full_info().pss / 2**20
+    [launcher] = psutil.Process(worker).children()
+    parents = launcher.children()
+    guards = [g for p in parents for g in p.children()]
+    return [pss(k) for g in guards for k in g.children()], [pss(p) for p in (launcher, *parents)] + [sum(map(pss, guards))]
+
+
 def rows() -> list[Row]:
     "Measure."
     with installation(slots=2) as (client, env, home):
@@ -126,27 +146,37 @@ def rows() -> list[Row]:
         p = subprocess.Popen([sys.executable, __file__, "--worker", str(out)], env=env, stderr=subprocess.DEVNULL,
                              stdout=subprocess.DEVNULL)
         try:
-            sender, theirs, rounds = Sender(client), [], []
-            sender.run(20)
+            sender, theirs, keys = Sender(client), [], {k: [] for k in KINDS}
+            for kind in KINDS: sender.run(20, kind)
             papermill(home)
             for _ in range(ROUNDS):
                 theirs.append(papermill(home))
-                rounds.append(sender.run(STEPS))
-            began = time.perf_counter()
-            sender.wait(sender.send(WAITING))
-            rate = WAITING / (time.perf_counter() - began)
+                keys["pristine"].append(sender.run(STEPS, pause_s=PAUSE_S))
+                keys["resident"].append(sender.run(STEPS, "resident"))
+            rates = []
+            for _ in range(3):
+                began = time.perf_counter()
+                sender.wait(sender.send(WAITING))
+                rates.append(WAITING / (time.perf_counter() - began))
+            time.sleep(2)
+            waiting, above = weights(p.pid)
             ms = times(out)
         finally:
             sender.stop.set()
             p.terminate()
             p.wait(30)
-    ours = [statistics.median(ms[k] for k in keys) for keys in rounds]
-    every = sorted(ms[k] for keys in rounds for k in keys)
-    note = f"p95 {every[int(0.95 * len(every))]:.1f} ms of {len(every)} steps"
-    return [Row("three-cell no-op step, warm worker, claim to commit: p50 of a round", ours, "ms", 25, note=note),
-            Row("the same notebook, papermill's own engine", theirs, "ms"),
-            Row("papermill's time over ours", [a / b for a, b in zip(theirs, ours, strict=True)], "x", 80, more=True),
-            Row("no-op steps through one worker of 2 slots, many waiting", [rate], "steps/s", more=True)]
+    found = []
+    for kind, reach in zip(KINDS, (25, 12), strict=True):
+        each = sorted(ms[k] for ks in keys[kind] for k in ks)
+        note = f"p95 {each[int(0.95 * len(each))]:.1f} ms of {len(each)} steps"
+        found.append(Row(f"three-cell no-op step, {kind} kernel, claim to commit: p50 of a round",
+                         [statistics.median(ms[k] for k in ks) for ks in keys[kind]], "ms", reach, note=note))
+    over = [[a / b for a, b in zip(theirs, r.samples, strict=True)] for r in found]
+    return [*found, Row("the same notebook, papermill's own engine", theirs, "ms"),
+            *(Row(f"papermill's time over a {kind} kernel's", o, "x", more=True) for kind, o in zip(KINDS, over, strict=True)),
+            Row("pristine no-op steps through one worker of 2 slots, many waiting", rates, "steps/s", 15, more=True),
+            Row("a waiting spare or resident kernel, shared pages divided", waiting, "MB", 15,
+                note=f"launcher, parents and all guards: {', '.join(f'{o:.0f}' for o in above)} MB")]
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ def delay() -> list[Row]:
             claims.append(percentile(claim, 0.99))
             starts.append(percentile(start, 0.99))
             middle.append(percentile(start, 0.5))
-    said = f"{PACED} submits {1000 * GAP_S:.0f} ms apart in each run, one warm worker, AOF on"
-    return [Row("submit to first cell of the first step, p99", starts, reach=50, note=said),
+    said = f"{PACED} submits {1000 * GAP_S:.0f} ms apart in each run, one worker, pristine kernels, AOF on"
+    return [Row("submit to first cell of the first step, p99", starts, reach=30, note=said),
             Row("submit to claim by the worker, p99", claims), Row("submit to first cell, p50", middle)]
 
 
@@ -149,7 +149,7 @@ def pipeline() -> list[Row]:
             job = f.client.wait(f.client.submit(graph, dict(value=10 * i)).id, 60)
             took.append(1000 * (time.perf_counter() - began))
             assert job.outputs == dict(value=10 * i + 3), job.error
-        rows = [Row("three-step no-op pipeline, submit to done, p50", took[5:], reach=150, note="notebook steps, a warm worker")]
+        rows = [Row("three-step no-op pipeline, submit to done, p50", took[5:], reach=150, note="notebooks, pristine kernels")]
         rows.append(Row("  papermill, three notebooks in sequence", papermill(folder, 3), note="no queue, no journal"))
         python, why = environment(folder)
         if python is None: return [*rows, Row("  Metaflow, Dagster", [0.0], note=why)]

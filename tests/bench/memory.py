@@ -1,7 +1,7 @@
-"""What things weigh: imports in fresh processes, a worker that waits for work, and one kernel over 500 runs.
+"""What things weigh: imports in fresh processes, a worker that waits for work, and one resident kernel over 500 runs.
 
-The kernel runs a small notebook, every tenth time one that changes whatever a notebook can change, and every fiftieth one that
-shows its state; those outputs must be, byte for byte, what a never-used kernel gives. Sizes are resident (RSS), taken
+The kernel runs a small notebook, which every tenth time changes whatever a notebook can change, and every fiftieth time shows its
+state; those outputs must be, byte for byte, what a pristine kernel gives. Sizes are resident (RSS), taken
 after the reset that follows a run.
 """
 import json
@@ -69,27 +69,39 @@ def outputs(r: RunRecord) -> str:
     return json.dumps([c["outputs"] for c in json.loads(r.document)["cells"] if c["cell_type"] == "code"])
 
 
+def one_notebook(folder: Path) -> Path:
+    "The three notebooks as one, which does what its parameter says: a resident kernel serves one source only."
+    def source(name: str) -> str:
+        cells = json.loads((NOTEBOOK.parent / f"{name}.ipynb").read_text())["cells"]
+        return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    nb = json.loads(NOTEBOOK.read_text())
+    parts = {o: source(o) for o in ("shows_its_state", "changes_everything", "ok_three_cells")}
+    nb["cells"][1]["source"], nb["cells"][2]["source"] = "part = 'ok_three_cells'", "pass"
+    nb["cells"][3]["source"] = f"get_ipython().run_cell({parts!r}[part]).raise_error()"
+    (path := folder / "one.ipynb").write_text(json.dumps(nb))
+    return path
+
+
 def long_lived_kernel() -> list[Row]:
-    "One kernel, many runs."
-    situations = NOTEBOOK.parent
+    "One resident kernel, many runs."
     with KernelPool(max_runs=10 * RUNS, spare=0) as pool, tempfile.TemporaryDirectory() as folder:
-        def run(name: str, kernel: str = "warm") -> RunRecord:
-            return run_notebook(situations / f"{name}.ipynb", None, pool=pool, kernel=kernel, family="long", cwd=folder)
-        fresh, kernels, curve, same = outputs(run("shows_its_state", "fresh")), set(), [], []
+        path = one_notebook(Path(folder))
+        def run(part: str, kernel: str = "resident") -> RunRecord:
+            return run_notebook(path, None, dict(part=part), pool=pool, kernel=kernel, cwd=folder)
+        pristine, kernels, curve, same = outputs(run("shows_its_state", "pristine")), set(), [], []
         for i in range(RUNS + 1):
             r = run("shows_its_state" if i % 50 == 0 else "changes_everything" if i % 10 == 5 else "ok_three_cells")
-            if i % 50 == 0: same.append(outputs(r) == fresh)
+            if i % 50 == 0: same.append(outputs(r) == pristine)
             kernels.add(r.kernel["id"])
             if i and i % 50 == 0:
-                k = pool.acquire("long")  # comes when the reset is done
-                curve.append(sizes(k.pid)["Rss"])
-                pool.release(k)
+                with pool._changed: pool._changed.wait_for(lambda: pool._idle, 30)  # until its reset is done
+                curve.append(sizes(r.kernel["pid"])["Rss"])
     xs = [50 * (i + 1) for i in range(len(curve))]
     slope = statistics.linear_regression(xs[1:], curve[1:]).slope * 100
     shown = " ".join(f"{o:.1f}" for o in curve)
-    return [Row(f"kernel over {RUNS} warm runs, growth per 100 runs after the first 100", [slope], "MB", 0.5,
+    return [Row(f"resident kernel over {RUNS} runs, growth per 100 runs after the first 100", [slope], "MB", 0.5,
                 note=f"RSS each 50 runs: {shown}; {len(kernels)} kernel(s)"),
-            Row("its state as shown beside a fresh kernel's: byte-equal outputs", [100 * statistics.mean(same)], "%", 100,
+            Row("its state as shown beside a pristine kernel's: byte-equal outputs", [100 * statistics.mean(same)], "%", 100,
                 more=True, note=f"{len(same)} looks")]
 
 

@@ -21,8 +21,8 @@ from fastcore.basics import patch
 
 from .core import ConfigError, GateFailed, GraphError, NotFound, Settings, SpinError, hash_bytes, settings
 from .schema import Graph, Port, StepSpec, port_type, show_value
-from .spec import NotebookError, cells_of, comments_in, did_you_mean, load_step, make_spec, modules_hash
-from .spec import package_dir, read_notebook, source_hash, without_comments
+from .spec import NoKernel, NotebookError, cells_of, comments_in, did_you_mean, load_step, make_spec, modules_hash
+from .spec import kernel_known, package_dir, read_notebook, source_hash, without_comments
 
 _all_ = ["NotebookError", "load_step", "source_hash"]
 
@@ -143,7 +143,8 @@ class Catalogue:
         "Steps, notebooks and errors; read again only when a file that matters has changed."
         errors = _load_control_modules()
         stamp = (len(_registered), _stamp(self.dir / "steps", ".ipynb"), _stamp(package_dir(), ".py"))
-        if self._seen[0] != stamp: self._seen = (stamp, self._read(dict(errors)))
+        lacked = [e.fields["kernel"] for e in self._seen[1][2].values() if isinstance(e, NoKernel)] if self._seen[1] else []
+        if self._seen[0] != stamp or any(map(kernel_known, lacked)): self._seen = (stamp, self._read(dict(errors)))
         return self._seen[1]
 
     def _read(self, errors: dict[str, SpinError]) -> tuple[dict[str, StepSpec], dict[str, Path], dict[str, SpinError]]:

@@ -23,7 +23,7 @@ from .core import ConfigError, GateFailed, GraphError, NotFound, Settings, SpinE
 from .schema import Graph, Port, StepSpec, port_type, show_value
 from .source import NotebookError, Sources, cells_of, modules_of, package_dir, read_notebook, settled, sources_of, unchanged
 from .source import without_comments
-from .spec import comments_in, did_you_mean, load_step, make_spec, source_hash
+from .spec import NoKernel, comments_in, did_you_mean, kernel_known, load_step, make_spec, source_hash
 
 _all_ = ["NotebookError", "load_step", "source_hash"]
 
@@ -148,7 +148,8 @@ class Catalogue:
         "Steps, notebooks and errors; read again only when a file that matters has changed."
         errors = _load_control_modules()
         stamp = (len(_registered), tuple(sys.path), _stamp(self.dir / "steps", ".ipynb"))
-        if self._seen[0] == stamp and unchanged(self._watched): return self._seen[1]
+        lacked = [e.fields["kernel"] for e in self._seen[1][2].values() if isinstance(e, NoKernel)] if self._seen[1] else []
+        if self._seen[0] == stamp and unchanged(self._watched) and not any(map(kernel_known, lacked)): return self._seen[1]
         found, watched = self._read(dict(errors))
         self._watched, self._seen = watched, (stamp if settled(watched) else None, found)
         return found

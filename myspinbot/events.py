@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
 from .bridge import BLOCK_MS, COMMAND_S, connect, redis_errors
-from .core import InputError, ServiceUnavailable
+from .core import InputError, ServiceUnavailable, whole_text
 from .keys import EVENTS_EXPIRE_S, EVENTS_MAXLEN, event_channel, event_stream
 from .schema import Event
 
@@ -35,11 +35,11 @@ def trim(
 def _trim_value(v: Any, kind: str) -> Any:
     "Cut a log text, drop another string that is too long; look into lists and dicts."
     if isinstance(v, str) and not (v.isascii() and len(v) <= LOG_BYTES):
-        data = v.encode("utf-8", "replace")  # a lone surrogate, as broken output has it, cannot travel
+        data = (v := whole_text(v)).encode()
         if kind == "log" and len(data) > LOG_BYTES:
             return data[:LOG_BYTES].decode("utf-8", "ignore") + f" ... [{len(data) - LOG_BYTES} bytes cut]"
         if len(data) > VALUE_BYTES: return f"[dropped: {len(data)} bytes, the limit is {VALUE_BYTES}]"
-        return v if (clean := data.decode()) == v else clean
+        return v
     if isinstance(v, dict):
         new = {k: _trim_value(o, kind) for k, o in v.items()}
         return v if all(new[k] is o for k, o in v.items()) else new

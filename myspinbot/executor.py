@@ -20,7 +20,7 @@ from fastcore.basics import patch
 import myspinbot
 from .artifacts import Store, media_type_of, safe_name
 from .catalogue import Catalogue, did_you_mean
-from .core import Cancelled, InputError, ServiceUnavailable, SpinError, StepFailed, orphaned, process_tag
+from .core import Cancelled, InputError, ServiceUnavailable, SpinError, StepFailed, mended, orphaned, process_tag
 from .engine import RunRecord, run_notebook
 from .pool import KernelPool
 from .schema import MEDIA, Artifact, Event, StepSpec, is_media, port_type, revive, show_value
@@ -78,10 +78,9 @@ class Tail:
         whole = data[:data.rfind(b"\n") + 1]
         self._offset += len(whole)
         for line in whole.splitlines():
-            try: e = json.loads(line)
-            except ValueError: e = dict(kind="log", body=dict(text=line.decode(errors="replace")[:4000]))
-            if e["kind"] == "log": self._logged[e["body"]["text"].split("\n")[0]] += 1
-            self.send(e["kind"], e["body"], e.get("at"))
+            kind, body, at = _told(line)
+            if kind == "log": self._logged[body["text"].split("\n")[0]] += 1
+            self.send(kind, body, at)
 
     def send(self, kind: str, body: dict[str, Any], at: float | None = None) -> None:
         "Forward one event, unless the log runs over."
@@ -108,6 +107,17 @@ class Tail:
         for line in message["content"]["text"].splitlines():
             if self._logged[line] > 0: self._logged[line] -= 1
             elif line.strip(): self.send("log", dict(text=line[:4000], stream=message["content"]["name"], cell=index))
+
+def _told(line: bytes) -> tuple[str, dict[str, Any], float | None]:
+    "Kind, body and time of an event; a line that is none, since anybody may write there, is a line for the log."
+    try: e = json.loads(line)
+    except (ValueError, RecursionError): e = None
+    kind, body, at = (e.get(k) for k in ("kind", "body", "at")) if isinstance(e, dict) else (None, None, None)
+    good = isinstance(kind, str) and kind in ("progress", "preview", "log") and isinstance(body, dict)
+    if not good or (kind == "log" and not isinstance(body.get("text"), str)):
+        return "log", dict(text=line.decode(errors="replace")[:4000]), None
+    timely = isinstance(at, int | float) and 0 < at < 2**34
+    return kind, mended(body) if b"\\u" in line else body, at if timely else None
 
 # %% ../nbs/23_executor.ipynb #66b82f74
 def file_name(a: Artifact) -> str:
@@ -284,7 +294,11 @@ def keep(self: _Attempt, inputs: dict[str, Any]) -> dict[str, Any]:
         told = [k for k, v in revive(inputs).items() if isinstance(v, Artifact) and file_name(v) == error.fields.get("file")]
         if told: error.fields["input"] = told[0]
         raise error
-    return self.insist(store_outputs, store, self.spec, self.folder / "out")
+    try: return self.insist(store_outputs, store, self.spec, self.folder / "out")
+    except StepFailed as e:
+        if self.run.cells and self.run.cells[-1]["status"] == "left":
+            e.hint = f"Cell {self.run.cells[-1]['index']} left early. {e.hint}"
+        raise
 
 @patch
 def result(self: _Attempt, status: str, outputs: dict[str, Any] | None = None, error: SpinError | None = None) -> StepResult:

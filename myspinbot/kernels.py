@@ -15,7 +15,9 @@ from typing import Any
 from fastcore.basics import patch
 
 from .core import KernelDied, NotFound, ResourceLimit, ServiceUnavailable
+from .inside import BROKEN
 from .launch import Parent, kill_group, mtime_ns
+
 
 # %% ../nbs/21_kernels.ipynb #70513486
 LOG_BYTES = 8 << 20  # of what C code and child processes print past the notebook, before it begins anew
@@ -66,6 +68,9 @@ class Kernel:
         fatal = said.find("Fatal Python error")
         said = (said[fatal:fatal + 2000] if fatal >= 0 else said[-2000:]).strip()
         hints = {-9: "Often memory: lower the size, or give it more.", 0: "A step must not end its own kernel."}
+        if code == BROKEN:
+            return KernelDied(f"The notebook broke its kernel: {said.rpartition(chr(10))[2] or 'it said nothing'}.",
+                              "A cell took away what the kernel itself needs.", exit_code=code, log=said)
         return KernelDied(f"The kernel ended {how}.", hints.get(code, ""), exit_code=code, log=said)
 
     def interrupt(self) -> None: self._signal(signal.SIGINT)
@@ -191,10 +196,13 @@ def _messages(self: Kernel, wait_s: float) -> list[tuple[str, dict[str, Any]]]:
 
 @patch
 def _opened(self: Kernel, frames: list[bytes]) -> dict[str, Any] | None:
-    "A message; None: not signed with this kernel's key. `Session.recv` would parse dates, which costs more than the rest."
-    signature, *parts = frames[frames.index(b"<IDS|MSG>") + 1:]
+    "A message; None: not one, or not signed with our key. `Session.recv` would parse dates, which costs more than the rest."
+    signature, *parts = frames[frames.index(b"<IDS|MSG>") + 1:] if b"<IDS|MSG>" in frames else [b""]
     if len(parts) < 4 or not hmac.compare_digest(self.session.sign(parts[:4]), signature): return None
-    header, parent, metadata, content = map(self.session.unpack, parts[:4])
+    try: header, parent, metadata, content = map(self.session.unpack, parts[:4])
+    except (ValueError, RecursionError): return None
+    sound = isinstance(header, dict) and all(isinstance(o, dict) for o in (parent, metadata, content))
+    if not sound or not all(isinstance(header.get(k), str) for k in ("msg_id", "msg_type")): return None
     return dict(header=header, msg_id=header["msg_id"], msg_type=header["msg_type"], parent_header=parent,
                 metadata=metadata, content=content, buffers=parts[4:])
 
@@ -233,7 +241,7 @@ def request(self: Kernel,
             if parent != sent: continue
             last = now
             if channel == "shell": reply = message["content"]
-            elif message["msg_type"] == "status": idle = message["content"]["execution_state"] == "idle"
+            elif message["msg_type"] == "status": idle = message["content"].get("execution_state") == "idle"
             if channel == "iopub" and on_message: on_message(message)
         if not messages and not self.alive(): raise self.died()
         if not messages and reply is not None and now - last > outputs_s: break
@@ -268,7 +276,8 @@ def enter(self: Kernel, context: dict[str, Any] | None, cwd: str) -> None:
 def _result(self: Kernel, what: str, reply: dict[str, Any]) -> Any:
     import ast
     result = reply.get("user_expressions", {}).get("spin", {})
-    if result.get("status") == "ok": return json.loads(ast.literal_eval(result["data"]["text/plain"]))
+    with contextlib.suppress(ValueError, SyntaxError, LookupError, TypeError):  # a notebook may have changed how texts are shown
+        if result.get("status") == "ok": return json.loads(ast.literal_eval(result["data"]["text/plain"]))
     why = result.get("evalue") or reply.get("evalue") or "no answer"
     raise KernelDied(f"Kernel {self.id} cannot do {what:.80}: {why}.")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from .artifacts import LocalStore
 from .catalogue import Catalogue
-from .core import Cancelled, ConfigError, Settings, SpinError, as_spin_error, canonical_json, new_id, settings
+from .core import Cancelled, ConfigError, Settings, SpinError, as_spin_error, canonical_json, new_id, settings, whole_text
 from .executor import Executor, RunContext
 from .check import resolve_params, store_files, validate_graph
 from .plan import Plan, Result, Task, input_hash, job_error, outputs
@@ -114,7 +114,7 @@ def control_notebook(
              code | dict(id="run", source=body, execution_count=1, outputs=[out])]
     about = dict(id=spec.id, version=spec.version, status="failed" if error else "succeeded")
     nb = dict(cells=cells, metadata=dict(myspinbot=about), nbformat=4, nbformat_minor=5)
-    return json.dumps(nb, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return whole_text(json.dumps(nb, ensure_ascii=False)).encode()
 
 # %% ../nbs/25_runner.ipynb #674d12ad
 class LocalRunner:
@@ -149,7 +149,7 @@ class LocalRunner:
         f = self._cache_file(row.input_hash)
         f.parent.mkdir(parents=True, exist_ok=True)
         tmp = f.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
-        tmp.write_text(canonical_json(row.to_json()), encoding="utf-8")
+        tmp.write_text(whole_text(canonical_json(row.to_json())), encoding="utf-8")
         tmp.replace(f)
 
 def artifacts_in(value: Any) -> list[Artifact]:

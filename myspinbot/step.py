@@ -14,8 +14,8 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from .core import ConfigError, InputError, NotFound, StepFailed, canonical_json
-from .schema import Audio, Data, Image, Video, is_media, port_type
+from .core import ConfigError, InputError, NotFound, StepFailed, canonical_json, mended, whole_text
+from .schema import Audio, Data, Image, Video, is_media, port_type, text_problem
 
 _all_ = ["Audio", "Data", "Image", "Video"]
 
@@ -39,7 +39,7 @@ def append_event(
     "Append one event as one line with one write, so that a reader never sees half of a short one; not for ever."
     line = canonical_json(dict(kind=kind, body=dict(body), at=time.time())) + "\n"
     with open(path, "ab", buffering=0) as f:
-        if f.tell() < EVENTS_BYTES: f.write(line.encode("utf-8", "replace"))
+        if f.tell() < EVENTS_BYTES: f.write(whole_text(line).encode())
 
 # %% ../nbs/20_step.ipynb #e9e02832
 PREVIEW_PX = 320
@@ -118,7 +118,7 @@ class Step:
         name: str,  # a plain file name, such as "talk.mp4"
     ) -> Path:
         "Where to write a file of this step."
-        if not name or name in (".", "..", "outputs.json", "events.jsonl") or Path(name).name != name or "\0" in name:
+        if not name or name in (".", "..", "outputs.json", "events.jsonl") or Path(name).name != name or text_problem(name):
             raise InputError(f"Not a file name for an output: {name!r}.", 'Use a plain name such as "talk.mp4".')
         return self.folder / name
 
@@ -148,7 +148,7 @@ def progress(self: Step,
     fraction = float(fraction)
     if math.isnan(fraction): raise StepFailed("Progress is not a number.", "Give a fraction between 0 and 1.")
     bar, now = self._bar, time.monotonic()
-    bar.fraction, bar.note = min(max(fraction, 0.0), 1.0), str(note)[:200]
+    bar.fraction, bar.note = min(max(fraction, 0.0), 1.0), whole_text(str(note))[:200]
     end = bar.fraction >= 1
     if preview is not None and (end or now - self._previewed >= _PREVIEW_S):
         self._previewed, bar.jpeg = now, preview_jpeg(preview)
@@ -161,7 +161,7 @@ def log(self: Step,
     text: Any,  # cut to 4000 characters on its way to the job
 ) -> None:
     "Say something that belongs in the job's log; also printed, so that the notebook keeps it."
-    text = str(text)
+    text = whole_text(str(text))
     print(text)
     self._event("log", text=text if len(text) <= _LOG_CHARS else text[:_LOG_CHARS] + " ...")
 
@@ -190,7 +190,7 @@ def output(self: Step,
 ) -> None:
     "Publish results; raises `StepFailed` for a name or value that the step did not declare."
     if self._declared is None and not self.on_worker: self._declared = _declared_outputs(self.id)
-    for name, value in values.items():
+    for name, value in ((mended(k), v) for k, v in values.items()):
         if self._declared is not None and name not in self._declared:
             known = ", ".join(self._declared) or "none"
             raise StepFailed(f"{self.id} declares no output {name!r}.",
@@ -199,7 +199,7 @@ def output(self: Step,
         if self._declared is not None: kind = port_type(self._declared[name])
         self._results[name] = self._checked(name, kind, value)
     part = self.folder / f".outputs.{os.getpid()}"
-    part.write_text(canonical_json(self._results), encoding="utf-8")
+    part.write_text(whole_text(canonical_json(self._results)), encoding="utf-8")
     part.replace(self.folder / "outputs.json")
     if self._held: self._tell()
 
@@ -214,13 +214,16 @@ def _checked(self: Step, name: str, kind: str, value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "ndim", 1) == 0: value = value.item()
     if not isinstance(value, _PYTHON[kind]) or (kind in ("int", "float") and isinstance(value, bool)):
         raise StepFailed(f"Output {name!r} is declared {kind}, {got}.", f"Give a {kind}.")
-    try: return json.loads(canonical_json(value))
+    try: text = canonical_json(value)
     except InputError as e: raise StepFailed(f"Output {name!r}: {e.message}", "Declare a file and give a path.") from e
+    if whole_text(text) is text and "\\u0000" not in text: return json.loads(text)
+    print(f"[output {name}: characters that cannot be stored became U+FFFD]", file=sys.stderr)
+    return mended(json.loads(text))
 
 @patch
 def _file(self: Step, name: str, kind: str, value: Any) -> str:
     if kind == "Data" and isinstance(value, dict | list):
-        (self.folder / f"{name}.json").write_text(canonical_json(value), encoding="utf-8")
+        (self.folder / f"{name}.json").write_text(whole_text(canonical_json(value)), encoding="utf-8")
         return f"{name}.json"
     if not isinstance(value, str | os.PathLike):
         got = f"got {type(value).__name__} {value!r:.100}"
@@ -228,6 +231,7 @@ def _file(self: Step, name: str, kind: str, value: Any) -> str:
     path, fix = Path(value), "Write the file before step.output(...)."
     if not path.is_file(): raise StepFailed(f"Output {name!r}: no such file {str(path)!r}.", fix)
     if not path.stat().st_size: raise StepFailed(f"Output {name!r}: {path.name!r} is empty.", fix)
-    if path.absolute().parent == self.folder.absolute(): return path.name
-    shutil.copyfile(path, self.folder / f"{name}{path.suffix}")
-    return f"{name}{path.suffix}"
+    if path.absolute().parent == self.folder.absolute() and not text_problem(path.name): return path.name
+    own = f"{name}{'' if text_problem(path.suffix) else path.suffix}"
+    shutil.copyfile(path, self.folder / own)
+    return own

@@ -153,11 +153,33 @@ def test_kernel_that_kills_itself(run):
     assert "SIGKILL" in str(run("kills_itself").error)
 
 
-@pytest.mark.parametrize("name, ename", [("sys_exit", "SystemExit"), ("asks_input", "StdinNotImplementedError")])
-def test_leaving_early_and_asking_a_person_are_failures(run, name: str, ename: str):
-    r = run(name)
-    assert r.error.fields["ename"] == ename
-    assert "never" not in printed(r)
+def test_asking_a_person_is_a_failure(run):
+    r = run("asks_input")
+    assert r.error.fields["ename"] == "StdinNotImplementedError" and "never" not in printed(r)
+
+
+@pytest.mark.parametrize("code", [0, None, "", "0"])
+def test_notebook_that_leaves_early_has_succeeded(run, code: object):
+    r = run("sys_exit", dict(code=code))
+    assert r.ok and r.error is None and "never" not in printed(r)
+    assert [c["status"] for c in r.cells] == ["completed", "completed", "left"]
+    nb = nbformat.read(r.notebook, 4)
+    assert nb.metadata.spin.status == "succeeded" and not any("papermill-error" in str(c.metadata) for c in nb.cells)
+    assert cells(r)[-1].metadata.papermill.status == "pending" and not cells(r)[-1].outputs
+
+
+@pytest.mark.parametrize("code, said", [(1, "SystemExit: 1"), (True, "SystemExit: True"), (False, "SystemExit: False"),
+                                        (0.0, "SystemExit: 0.0"), ("enough", "SystemExit: enough")])
+def test_notebook_that_leaves_with_a_complaint_has_failed(run, code: object, said: str):
+    r = run("sys_exit", dict(code=code))
+    assert type(r.error) is StepFailed and r.error.message == said and "cell 3" in r.error.hint and "never" not in printed(r)
+
+
+def test_exit_and_quit_end_the_notebook_after_their_cell(run):
+    r = run("calls_exit")
+    assert r.ok and [c["status"] for c in r.cells] == ["completed", "left"]
+    assert printed(r) == "before\nto the end of the cell\n" and r.seconds < 5
+    assert [c.metadata.papermill.status for c in cells(r)] == ["completed", "completed", "pending"]
 
 
 def test_notebook_that_breaks_its_kernel_does_not_hang_the_worker(run):
@@ -175,6 +197,30 @@ def test_missing_and_broken_notebooks_are_named(pool: KernelPool, tmp_path: Path
     for text in ("", "not json", "[]", '{"cells": 3}'):
         (tmp_path / "broken.ipynb").write_text(text)
         with pytest.raises(InputError, match="Not a notebook"): run_notebook(tmp_path / "broken.ipynb", None, pool=pool)
+
+
+def test_own_kernel_under_another_name_is_forked_and_another_pythons_is_executed(pool, run, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    start = ["-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    for name, argv in dict(mine=[sys.executable, *start], other=["env", sys.executable, *start]).items():
+        (tmp_path / "kernels" / name).mkdir(parents=True)
+        (tmp_path / "kernels" / name / "kernel.json").write_text(json.dumps(dict(argv=argv, display_name=name, language="python")))
+    nb = nbformat.read(NOTEBOOKS / "ok_three_cells.ipynb", 4)
+    for name, warm in dict(mine=True, other=False).items():
+        nb.metadata.kernelspec.name = name
+        nbformat.write(nb, tmp_path / "named.ipynb")
+        for _ in range(2): r = run_notebook(tmp_path / "named.ipynb", tmp_path / "out.ipynb", dict(n=4), pool=pool, family="named")
+        assert r.ok and r.kernel["warm"] is warm
+        assert nbformat.read(tmp_path / "out.ipynb", 4).metadata.kernelspec.name == name
+
+
+def test_notebook_that_names_no_kernel_runs_in_python3(pool: KernelPool, tmp_path: Path):
+    nb = json.loads((NOTEBOOKS / "ok_three_cells.ipynb").read_text())
+    for spec, ok in ((dict(language="python", display_name="x"), True), (dict(name=5, display_name="x"), False)):
+        (tmp_path / "a.ipynb").write_text(json.dumps(nb | dict(metadata=dict(kernelspec=spec))))
+        if ok: assert run_notebook(tmp_path / "a.ipynb", None, pool=pool).ok
+        else:
+            with pytest.raises(InputError): run_notebook(tmp_path / "a.ipynb", None, pool=pool)
 
 
 def test_notebook_of_an_unknown_kernel(pool: KernelPool, tmp_path: Path):

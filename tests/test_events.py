@@ -140,7 +140,7 @@ def test_long_lines_are_cut_and_large_previews_left_out(events):
 
 def test_text_that_is_no_text_still_travels(events):
     events.publish(log("caf\udce9 \x00 \u20ac"))
-    assert texts(events.read("job_1")) == ["caf? \x00 \u20ac"]
+    assert texts(events.read("job_1")) == ["caf\ufffd \x00 \u20ac"]
 
 
 def test_a_body_that_is_not_json_is_refused_where_it_is_posted(events):

@@ -106,7 +106,7 @@ def test_flood_of_log_lines_is_thinned_out_and_the_notebook_has_them_all(executo
 @pytest.mark.parametrize("step, inputs, kind, said", [
     ("toy.raises", {}, StepFailed, "ZeroDivisionError"),
     ("toy.kills_itself", {}, KernelDied, "SIGKILL"),
-    ("toy.sys_exit", {}, StepFailed, "SystemExit"),
+    ("toy.sys_exit", dict(code=1), StepFailed, "SystemExit: 1"),
     ("toy.forgets", {}, StepFailed, "did not publish image"),
     ("toy.mislabels", {}, StepFailed, "declared image/png, but 'a.mp4' is"),
     ("toy.raises_gate", {}, GateFailed, "Score 0.31 is below 0.5"),
@@ -156,3 +156,28 @@ def test_leftovers_of_a_killed_worker_are_cleared_and_those_of_a_living_one_are_
     executor.sweep()
     assert {o.name for o in (tmp_path / "scratch").iterdir()} == {f"node-0-1@{here}", "node-0-4000000@elsewhere"}
     assert os.path.isdir(tmp_path / "store") is False, "looking around stores nothing"
+
+
+def test_step_that_leaves_early_keeps_what_it_published(executor: Executor, run):
+    r = run("toy.leaves")
+    assert r.status == "succeeded" and r.outputs == {"word": "published"} and r.record["cells"][-1]["status"] == "left"
+    assert b"sys.exit" in read(executor, r.notebook)
+    r = run("toy.leaves", dict(publish=False))
+    assert r.status == "failed" and "did not publish word" in r.error.message and "left early" in r.error.hint
+    r = run("toy.leaves", dict(code=3))
+    assert r.status == "failed" and r.error.message == "SystemExit: 3" and not r.outputs
+
+
+def test_step_that_says_what_no_text_can_hold_is_heard(executor: Executor, run):
+    seen: list[Event] = []
+    r = run("toy.mumbles", on_event=seen.append)
+    assert r.status == "succeeded", r.error
+    assert r.outputs["word"] == "a 😀 \ufffd \ufffd b" and r.outputs["table"] == {"k\ufffd": ["\ufffd"]}
+    assert r.outputs["file"].name == "file.json" and json.loads(read(executor, r.outputs["data"])) == {"\ufffd": 1}
+    logs = [e.body["text"] for e in seen if e.kind == "log"]
+    assert "logs \ufffd and \0" in logs and "prints \ufffd and \0" in logs and "escaped \ufffd" in logs and "5" in logs
+    assert logs.count("logs \ufffd and \0") == 1 and "notes \ufffd" in [e.body.get("note") for e in seen]
+    for e in seen: e.model_dump_json()
+    assert "characters that cannot be stored became U+FFFD" in read(executor, r.notebook).decode("utf-8")
+    r = run("toy.mumbles", dict(fail=True))
+    assert type(r.error) is GateFailed and r.error.message == "bad \ufffd \0" and r.error.fields["score"] == "\ufffd \0"

@@ -23,6 +23,8 @@ from jupyter_client.kernelspec import NoSuchKernel
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
+from myspinbot.engine import run_notebook
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = Path(__file__).parent / "notebooks" / "parity"
 ENGINES = dict(theirs=None, ours="spin")
@@ -145,6 +147,9 @@ SAME = {
     "leaves_with_1": dict(name="leaves_with_a_code", parameters=dict(code=1)),
     "leaves_with_a_message": dict(name="leaves_with_a_code", parameters=dict(code="enough")),
     "leaves_with_nothing": dict(name="leaves_with_a_code", parameters=dict(code=None)),
+    "leaves_with_true": dict(name="leaves_with_a_code", parameters=dict(code=True)),
+    "leaves_with_false": dict(name="leaves_with_a_code", parameters=dict(code=False)),
+    "leaves_with_text_0": dict(name="leaves_with_a_code", parameters=dict(code="0")),
     "bash": dict(name="speaks_bash", parameters=dict(word="two words"), cwd=str),
     "another_kernel_than_the_notebooks": dict(name="wants_an_unknown_kernel", kernel_name="python3"),
     "prepared_only": dict(name="every_kind_of_cell", parameters=dict(n=2), prepare_only=True),
@@ -313,10 +318,41 @@ def test_kernel_that_is_slow_to_start_is_the_same_error(tmp_path: Path, monkeypa
                                        kernel_name="sleeper", start_timeout=1)
 
 
-def test_exit_ends_the_kernel_in_both(run):
+def test_exit_ends_the_notebook_and_not_its_kernel(run):
     ours, theirs = run("ours", "calls_exit"), run("theirs", "calls_exit")
-    assert type(ours.error) is type(theirs.error) is DeadKernelError
-    assert "never" not in ours.printed() and ("failed", True) in states(ours) and ("failed", True) not in states(theirs)
+    assert type(theirs.error) is DeadKernelError and ours.error is None  # theirs goes on until the kernel happens to end
+    assert ours.printed() == "before\n" and [s for s, _ in states(ours)] == ["completed", "pending", "pending", "pending"]
+
+
+def test_text_that_broke_the_kernel_is_shown(run):
+    ours, theirs = run("ours", "speaks_brokenly"), run("theirs", "speaks_brokenly")
+    assert type(ours.error) is type(theirs.error) is PapermillExecutionError
+    assert (ours.error.ename, ours.error.evalue) == ("ValueError", "bad \ufffd text")
+    assert "surrogates not allowed" in theirs.printed() and not [o for o in theirs.cells()[-1].outputs if o.output_type == "error"]
+    assert ours.printed() == "half \ufffd\n\0nul \x1b[31mred\x1b[0m\n"
+    assert ours.cells()[1].outputs == theirs.cells()[1].outputs != []
+
+
+def test_output_that_no_notebook_holds_is_a_note(run):
+    ours, theirs = run("ours", "shows_what_no_notebook_holds"), run("theirs", "shows_what_no_notebook_holds")
+    assert type(theirs.error).__name__ == "NotebookValidationError" and ours.error is None
+    assert ours.printed() == "[an output was left out: text/plain holds a dict, not text]\nafter\n"
+
+
+# A worker's verdict
+
+@pytest.mark.parametrize("name, parameters", [
+    *(("leaves_with_a_code", dict(code=c)) for c in (0, None, 1, True, False, "0", "enough")), ("dies", None),
+    ("interrupts_itself", None), ("has_a_syntax_error", None), ("speaks_brokenly", None), ("raises_far_below", None)])
+def test_verdict_of_a_worker_is_papermills(run, tmp_path: Path, name: str, parameters: dict | None):
+    theirs = run("theirs", name, **(dict(parameters=parameters) if parameters else {}))
+    done = run_notebook(NOTEBOOKS / f"{name}.ipynb", tmp_path / "out.ipynb", parameters, cwd=tmp_path)
+    assert done.ok is (theirs.error is None)
+    nb = nbformat.read(tmp_path / "out.ipynb", 4)
+    ours = Run(nb=nb, out=tmp_path / "out.ipynb")
+    if name in ("dies", "speaks_brokenly"): return  # differ on purpose
+    assert states(ours) == states(theirs) and nb.metadata.papermill.exception == theirs.nb.metadata.papermill.exception
+    assert [c.get("outputs") for c in document(ours)["cells"]] == [c.get("outputs") for c in document(theirs)["cells"]]
 
 
 def test_pieces_of_a_stream_are_one_output_and_overwritten_text_is_dropped(run):

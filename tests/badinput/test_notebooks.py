@@ -15,7 +15,9 @@ from fastapi.testclient import TestClient
 
 from myspinbot.api import create_app
 from myspinbot.catalogue import Catalogue, NotebookError
-from myspinbot.core import NotFound, SpinError
+from myspinbot.check import validate_graph
+from myspinbot.core import GraphError, NotFound, SpinError
+from myspinbot.schema import Graph, Node
 
 TOYS = Path(__file__).parents[1] / "pipelines"
 META = dict(myspinbot=dict(id="bad.one", outputs={}), kernelspec=dict(name="python3", language="python", display_name="Python 3"))
@@ -59,6 +61,11 @@ BAD: dict[str, tuple[bytes, tuple[str, ...]]] = {  # content of steps/bad_one.ip
     "syntax error in a cell": (book(PARAMS, code("a = 1\ndef f(:\n  pass")), ("cell 2, line 2", "invalid syntax", "def f(:")),
     "another kernel": (book(PARAMS, metadata=dict(META, kernelspec=dict(name="ir", language="R"))), ("speaks R", "Python kernel")),
     "kernel is a number": (book(PARAMS, metadata=dict(META, kernelspec=dict(language=5))), ("speaks 5",)),
+    "kernel of another machine": (book(PARAMS, metadata=dict(META, kernelspec=dict(name="conda-env-foo-py", language="python"))),
+                                  ("its kernel 'conda-env-foo-py' is not installed", "Choose the kernel Python 3 (ipykernel)")),
+    "kernel is a virtual environment": (book(PARAMS, metadata=dict(META, kernelspec=dict(name=".venv", language="python"))),
+                                        ("its kernel '.venv'", "install this kernel on the workers")),
+    "name of the kernel is a number": (book(PARAMS, metadata=dict(META, kernelspec=dict(name=5))), ("its kernel 5",)),
     "no id": (book(PARAMS, metadata=dict(myspinbot={})), ("no `id`",)),
     "id with a blank": (book(PARAMS, metadata=about(id="Bad one")), ("id='Bad one'",)),
     "unknown field": (book(PARAMS, metadata=about(timeot_s=5)), ("timeot_s=5", "Did you mean timeout_s?")),
@@ -115,6 +122,20 @@ def test_sound_but_unusual_notebooks_are_steps(folder: Path) -> None:
         assert "bad.one" in cat.steps(), (name, cat.errors())
 
 
+def test_kernel_that_is_installed_later_makes_its_notebook_a_step(folder: Path, tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = dict(name="mine", language="python", display_name="Mine")
+    (folder / "steps" / "bad_one.ipynb").write_bytes(book(PARAMS, metadata=dict(META, kernelspec=spec)))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    cat, graph = Catalogue(folder), Graph(name="g", nodes=(Node(id="a", step="bad.one"),))
+    with pytest.raises(GraphError, match="kernel 'mine' is not installed here"): validate_graph(graph, cat)
+    (place := tmp_path / "jupyter" / "kernels" / "mine").mkdir(parents=True)
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (place / "kernel.json").write_text(json.dumps(dict(argv=argv, display_name="Mine", language="python")))
+    validate_graph(graph, cat)
+    assert not [w for w in cat.errors() if w.endswith(".ipynb")]
+
+
 def test_asking_for_a_broken_step_gives_its_reason_and_for_another_the_list(folder: Path) -> None:
     (folder / "steps" / "bad_one.ipynb").write_bytes(b"")
     cat = Catalogue(folder)
@@ -161,6 +182,7 @@ def cli(f: Farm, *args: str, code: int = 0) -> tuple[str, str]:
 def test_a_whole_installation_works_beside_broken_notebooks(farm: Callable[..., Farm], folder: Path) -> None:
     (folder / "steps" / "bad_one.ipynb").write_bytes(b"[" * 100_000)
     (folder / "steps" / "bad_two.ipynb").mkdir()
+    (folder / "steps" / "bad_three.ipynb").write_bytes(BAD["kernel of another machine"][0].replace(b"bad.one", b"bad.three"))
     (folder / "broken.ipynb").write_bytes(PIPELINES["leaves"][0])
     up = farm(folder)
     up.start("control")
@@ -169,12 +191,15 @@ def test_a_whole_installation_works_beside_broken_notebooks(farm: Callable[..., 
     with pytest.raises(NotebookError, match="broken.ipynb, cell 1"): up.client.submit("broken")
     with pytest.raises(SpinError, match="bad_one.ipynb is no notebook"):
         up.client.submit(dict(name="g", nodes=[dict(id="a", step="bad.one")]))
+    with pytest.raises(SpinError, match="bad_three.ipynb: its kernel 'conda-env-foo-py' is not installed"):
+        up.client.submit(dict(name="g", nodes=[dict(id="a", step="bad.three")]))
     assert len(up.client.jobs()) == 1
     for args in (("pipelines",), ("pipelines", "--json"), ("steps",), ("steps", "--json")):
         said, told = cli(up, *args)
         assert ("fan" in said or "toy.mark" in said) and ("bad_one.ipynb" in told or "broken.ipynb" in told)
     said, _ = cli(up, "doctor", code=1)
-    assert all(w in said for w in ("bad_one.ipynb", "bad_two.ipynb", "broken.ipynb", "is no notebook", "SystemExit"))
+    assert all(w in said for w in ("bad_one.ipynb", "bad_two.ipynb", "bad_three.ipynb", "broken.ipynb", "is no notebook",
+                                   "conda-env-foo-py", "SystemExit"))
     http = TestClient(create_app(up.client))
     assert http.get("/pipelines").json()["broken"]["error"]["type"] == "NotebookError"
     assert "toy.mark" in {s["id"] for s in http.get("/steps").json()}
@@ -219,3 +244,25 @@ def test_50_mb_of_outputs_in_the_file_cost_no_memory_and_no_time_per_run(farm: C
     job = up.done(up.client.submit("fan").id)
     assert job.status == "succeeded", job.error
     assert up.client.store.fetch(up.step(job.id, "marks[0]").notebook, folder, "done.ipynb").stat().st_size < 1_000_000
+
+
+def test_worker_ends_what_its_steps_say_and_how_they_leave_as_by_hand(farm: Callable[..., Farm], folder: Path) -> None:
+    for name in ("leaves", "mumbles"):
+        shutil.copy(Path(__file__).parents[1] / "notebooks" / f"step_{name}.ipynb", folder / "steps" / f"toy_{name}.ipynb")
+    up = farm(folder)
+    up.start("control")
+    up.start("w1")
+    def run(step: str, *outputs: str, **inputs: Any) -> Any:
+        out = {k: dict(kind="port", node="it", port=k) for k in outputs}
+        return up.done(up.client.submit(dict(name="one", nodes=[dict(id="it", step=step, inputs=inputs)], outputs=out)).id)
+    left = run("toy.leaves", "word")
+    assert left.status == "succeeded" and left.outputs == dict(word="published")
+    mumbled = run("toy.mumbles", "word", "table")
+    assert mumbled.status == "succeeded" and mumbled.outputs == dict(word="a 😀 \ufffd \ufffd b", table={"k\ufffd": ["\ufffd"]})
+    failed = run("toy.mumbles", fail=True)
+    row = up.step(failed.id, "it")
+    assert failed.status == "failed" and row.attempt == 1
+    assert row.error["type"] == "GateFailed" and row.error["message"] == "bad \ufffd \ufffd", "as PostgreSQL can hold it"
+    said = [e.body.get("text") for _, e in up.client.events.read(mumbled.id) if e.kind == "log"]
+    assert "logs \ufffd and \0" in said and "escaped \ufffd" in said
+    assert all(p.poll() is None for p in up.procs.values()) and "Traceback" not in up.log("w1")

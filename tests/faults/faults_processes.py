@@ -148,18 +148,35 @@ def kernel_in_mid_cell(w: World, rng: random.Random) -> None:
     w.recovered(at, job, "s0", 2)
 
 
-@fault("SIGKILL: kernel launcher in mid-cell")
-def launcher_in_mid_cell(w: World, rng: random.Random) -> None:
+def above(w: World, kernel: int) -> list[psutil.Process]:
+    "What a kernel was forked from: its guard, the parent with its imports, the launcher."
+    guard, parent, launcher, worker = psutil.Process(kernel).parents()[:4]
+    assert worker.pid == w.procs["w1"].pid
+    return [guard, parent, launcher]
+
+
+def one_above_in_mid_cell(w: World, which: int) -> None:
     w.start("control", "w1")
     gate = w.home / "gate"
     job = w.submit(w.chain(2, gate=str(gate)))
-    line = w.at_work(job, "s0")
-    launcher = psutil.Process(line["pid"]).parent().parent()  # between them stands the kernel's guard
-    assert launcher.ppid() == w.procs["w1"].pid
-    launcher.kill()
+    kernel = w.at_work(job, "s0")["pid"]
+    above(w, kernel)[which].kill()
     at, w.report.kills = time.time(), w.report.kills + 1
+    wait_for("the kernel ends with it", lambda: not psutil.pid_exists(kernel))
     gate.touch()
     w.recovered(at, job, "s0", 2)
+
+
+@fault("SIGKILL: kernel launcher in mid-cell")
+def launcher_in_mid_cell(w: World, rng: random.Random) -> None: one_above_in_mid_cell(w, 2)
+
+
+@fault("SIGKILL: parent of kernels in mid-cell")
+def parent_in_mid_cell(w: World, rng: random.Random) -> None: one_above_in_mid_cell(w, 1)
+
+
+@fault("SIGKILL: guard of a kernel in mid-cell")
+def guard_in_mid_cell(w: World, rng: random.Random) -> None: one_above_in_mid_cell(w, 0)
 
 
 @fault("heartbeat of a worker fails for good")

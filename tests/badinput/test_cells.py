@@ -15,7 +15,7 @@ from jupyter_client.session import Session
 from myspinbot.core import GateFailed, InputError, KernelDied, StepFailed, StepTimeout, whole_text
 from myspinbot.engine import Collector, RunRecord, notebook_bytes, run_notebook
 from myspinbot.pool import KernelPool
-from myspinbot.launch import packed
+from myspinbot.inside import packed
 from myspinbot.schema import MAX_DEPTH
 
 Run = Callable[..., tuple[RunRecord, list[Any]]]

@@ -9,6 +9,7 @@ __all__ = ['BROKEN', 'serve', 'kill_group', 'packed', 'speak_plainly', 'Launcher
 # %% ../nbs/21_launch.ipynb #962ad2d5
 import contextlib, gc, json, os, select, shutil, signal, socket, subprocess, sys, tempfile, threading, time, traceback
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
@@ -211,14 +212,19 @@ def packed(
     value: Any,  # a part of a Jupyter message
 ) -> bytes:
     "JSON in UTF-8, as Jupyter packs it where that does not fail."
-    from jupyter_client.session import json_clean, json_default, orjson_packer
-    try: return orjson_packer(value)
+    jupyter = _session()
+    try: return jupyter.orjson_packer(value)
     except UnicodeEncodeError: pass
     except (TypeError, ValueError, RecursionError) as e: return packed(_without(value, e))
-    how = dict(default=json_default, ensure_ascii=False, allow_nan=False)
+    how = dict(default=jupyter.json_default, ensure_ascii=False, allow_nan=False)
     try: text = json.dumps(value, **how)
-    except (TypeError, ValueError): text = json.dumps(json_clean(value), **how)
+    except (TypeError, ValueError): text = json.dumps(jupyter.json_clean(value), **how)
     return whole_text(text).encode()
+
+@lru_cache(maxsize=1)
+def _session() -> Any:  # an import statement would cost more than the packing
+    from jupyter_client import session
+    return session
 
 def _without(content: Any, error: Exception) -> dict[str, Any]:
     "The content of a display without what JSON cannot hold, of a reply without its payload; of others raises the error."
@@ -239,6 +245,7 @@ def speak_plainly(
 ) -> None:
     "Let nothing that a notebook says or takes away leave its owner without an answer."
     kernel.session.pack = packed
+    _flush_in_turn()
     kernel.shell.unobserve_all("exit_now")  # a tenth of a second after `exit()` it would stop between two cells
     kernel.shell_main = _or_end(kernel.shell_main)
     kernel.shell_handlers["execute_request"] = _or_end(kernel.shell_handlers["execute_request"])
@@ -252,6 +259,19 @@ def _or_end(answer: Any) -> Any:
             except Exception: os.write(log, ascii(e).encode())  # what was taken away may be what a traceback needs
             finally: os._exit(BROKEN)
     return guarded
+
+# %% ../nbs/21_launch.ipynb #3e8f5a05
+def _flush_in_turn() -> None:
+    "One flush at a time; `flush` returns when another thread's is done."
+    from ipykernel.iostream import OutStream
+    flush, lock = OutStream._flush, threading.RLock()
+    def in_turn(self: OutStream) -> None:
+        if not self._is_master_process(): return flush(self)  # a child: the lock's holder may not be there
+        with lock: flush(self)
+    def done(self: OutStream) -> None:
+        if not self._buffers and lock.acquire(blocking=False): return lock.release()
+        with _undisturbed(): in_turn(self)
+    OutStream._flush, OutStream.flush = in_turn, done
 
 # %% ../nbs/21_launch.ipynb #19ba4793
 class Launcher:

@@ -177,7 +177,7 @@ def unfit(message: dict[str, Any]) -> str:  # "" when there is nothing against i
         odd = [k for k in ("name", "text") if not isinstance(content.get(k), str)]
         return f"the {odd[0]} of a stream is {_kind(content.get(odd[0]))}, not text" if odd else ""
     if "left_out" in content: return str(content["left_out"])
-    if not isinstance(content.get("execution_count", 0), int | None): return "its count is no number"
+    if type(content.get("execution_count", 0)) not in (int, type(None)): return "its count is not a whole number"
     return f"it is more than {MAX_DEPTH} levels deep" if _deep(content) else ""
 
 def _deep(value: Any) -> bool:

@@ -71,14 +71,19 @@ def packed(
     value: Any,  # a part of a Jupyter message
 ) -> bytes:
     "JSON in UTF-8, as Jupyter packs it where that does not fail."
-    from jupyter_client.session import json_clean, json_default, orjson_packer
-    try: return orjson_packer(value)
+    jupyter = _session()
+    try: return jupyter.orjson_packer(value)
     except UnicodeEncodeError: pass
     except (TypeError, ValueError, RecursionError) as e: return packed(_without(value, e))
-    how = dict(default=json_default, ensure_ascii=False, allow_nan=False)
+    how = dict(default=jupyter.json_default, ensure_ascii=False, allow_nan=False)
     try: text = json.dumps(value, **how)
-    except (TypeError, ValueError): text = json.dumps(json_clean(value), **how)
+    except (TypeError, ValueError): text = json.dumps(jupyter.json_clean(value), **how)
     return whole_text(text).encode()
+
+@lru_cache(maxsize=1)
+def _session() -> Any:  # an import statement would cost more than the packing
+    from jupyter_client import session
+    return session
 
 def _without(content: Any, error: Exception) -> dict[str, Any]:
     "The content of a display without what JSON cannot hold, of a reply without its payload; of others raises the error."
@@ -99,6 +104,7 @@ def speak_plainly(
 ) -> None:
     "Let nothing that a notebook says or takes away leave its owner without an answer."
     kernel.session.pack = packed
+    _flush_in_turn()
     kernel.shell.unobserve_all("exit_now")  # a tenth of a second after `exit()` it would stop between two cells
     kernel.shell_main = _or_end(kernel.shell_main)
     kernel.shell_handlers["execute_request"] = _or_end(kernel.shell_handlers["execute_request"])
@@ -113,7 +119,20 @@ def _or_end(answer: Any) -> Any:
             finally: os._exit(BROKEN)
     return guarded
 
-# %% ../nbs/21_inside.ipynb #9064d71a
+# %% ../nbs/21_inside.ipynb #90918dac
+def _flush_in_turn() -> None:
+    "One flush at a time; `flush` returns when another thread's is done."
+    from ipykernel.iostream import OutStream
+    flush, lock = OutStream._flush, threading.RLock()
+    def in_turn(self: OutStream) -> None:
+        if not self._is_master_process(): return flush(self)  # a child: the lock's holder may not be there
+        with lock: flush(self)
+    def done(self: OutStream) -> None:
+        if not self._buffers and lock.acquire(blocking=False): return lock.release()
+        with _undisturbed(): in_turn(self)
+    OutStream._flush, OutStream.flush = in_turn, done
+
+# %% ../nbs/21_inside.ipynb #419b3a97
 def preload() -> None:
     "Import what a kernel imports on its start, but for the debugger: that one takes longer than all the rest."
     from importlib import import_module
@@ -126,7 +145,7 @@ def preload() -> None:
               "faulthandler", "tornado.platform.asyncio", "zmq.eventloop.zmqstream", "myspinbot.step"): import_module(o)
     _send_at_once()
 
-# %% ../nbs/21_inside.ipynb #952d2db5
+# %% ../nbs/21_inside.ipynb #8f0731d3
 def build() -> Any:  # an `IPKernelApp` with a kernel and a shell
     "The application of a kernel that is still to be forked; its last call is `connect`."
     from ipykernel.kernelapp import IPKernelApp
@@ -172,7 +191,7 @@ def connect(
     kernel._stdout, kernel._stderr = sys.stdout, sys.stderr
     kernel.shell.displayhook.pub_socket = kernel.shell.display_pub.pub_socket = app.iopub_socket
 
-# %% ../nbs/21_inside.ipynb #de07aff4
+# %% ../nbs/21_inside.ipynb #513439ad
 def _json(value: Any) -> str: return json.dumps(value)
 
 def prepare() -> bool:
@@ -196,7 +215,7 @@ def begin(context: dict[str, Any] | None, cwd: str | None) -> None:
     if cwd: os.chdir(cwd)
     enter(context)
 
-# %% ../nbs/21_inside.ipynb #f9b15e76
+# %% ../nbs/21_inside.ipynb #3c9b9adc
 def _settle() -> None:
     "After a cell: what a child process printed comes through a pipe and a thread, and would be lost when they are late."
     import fcntl, resource, termios
@@ -216,7 +235,7 @@ def leaving() -> int:  # exit handlers that wait for `farewell`
             with contextlib.suppress(OSError, ValueError): o.flush()
     return len(_exits)
 
-# %% ../nbs/21_inside.ipynb #b79e765c
+# %% ../nbs/21_inside.ipynb #10c15478
 _exits: list[tuple[Any, tuple, dict[str, Any]]] = []  # exit handlers: atexit cannot list its own
 
 def _keep_exits() -> None:
@@ -243,7 +262,7 @@ def finish() -> bool:
     reset()
     return farewell()
 
-# %% ../nbs/21_inside.ipynb #ffa9baf7
+# %% ../nbs/21_inside.ipynb #c5f4a389
 def reset() -> dict[str, Any]:
     "Back to the baseline; `left` names what could not be undone, `mb` is the resident size."
     from IPython import get_ipython
@@ -267,7 +286,7 @@ def reset() -> dict[str, Any]:
     if os.getcwd() != _baseline["cwd"] or dict(os.environ) != _baseline["env"]: left.append("folder or environment")
     return dict(left=left, mb=_trim(), sources=own_sources())
 
-# %% ../nbs/21_inside.ipynb #bedd38af
+# %% ../nbs/21_inside.ipynb #e2d233b4
 def _reset_process(run_folder: str) -> None:
     "Everything that belongs to the process and not to IPython."
     import builtins, linecache, logging, random, warnings
@@ -293,7 +312,7 @@ def _reset_process(run_folder: str) -> None:
     for k in local: del sys.modules[k]
     linecache.clearcache()
 
-# %% ../nbs/21_inside.ipynb #35eca5db
+# %% ../nbs/21_inside.ipynb #937b848a
 @lru_cache(maxsize=1)
 def installed_places() -> tuple[str, ...]:
     "Folders of the standard library and of installed packages, each with its separator."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Watch', 'Collector', 'RunRecord', 'run_cell', 'run_cells', 'load_notebook', 'notebook_bytes', 'save_notebook',
-           'default_pool', 'run_notebook', 'SpinEngine']
+           'imported', 'default_pool', 'run_notebook', 'SpinEngine']
 
 # %% ../nbs/22_engine.ipynb #50caec13
 import contextlib, copy, json, os, re, threading, time
@@ -162,6 +162,7 @@ class RunRecord:
     kernel: dict[str, Any] = field(default_factory=dict)        # id, family, runs, warm, pid
     notebook: Path | None = None
     document: bytes = field(default=b"", repr=False)           # the executed notebook, when it has no file
+    imported: dict[str, Any] = field(default_factory=dict)     # `tops` and `local`, as `step.imported` tells them
 
 _RAISED = ("(lambda s: __import__('json').dumps(e.to_dict()) if 'myspinbot.core' in s.modules and isinstance("
            "e := getattr(s, 'last_value', None), s.modules['myspinbot.core'].SpinError) else '')(__import__('sys'))")
@@ -290,6 +291,20 @@ def save_notebook(nb: Any, path: str | Path) -> None:
         part.replace(path)
     finally: part.unlink(missing_ok=True)
 
+# %% ../nbs/22_engine.ipynb #63d98f4d
+_IMPORTED = "__import__('myspinbot.step', fromlist=['step']).imported()"
+
+def imported(kernel: Kernel) -> dict[str, Any]:  # empty: it does not say
+    "What the run in a kernel has imported."
+    import ast
+    if not kernel.python or not kernel.alive(): return {}
+    end = time.monotonic() + 5
+    def watch() -> None:
+        if time.monotonic() > end: raise KernelDied("No answer.")
+    try: told = kernel.request("", silent=True, expression=_IMPORTED, watch=watch).get("user_expressions", {}).get("spin", {})
+    except KernelDied: return {}
+    return json.loads(ast.literal_eval(told["data"]["text/plain"])) if told.get("status") == "ok" else {}
+
 # %% ../nbs/22_engine.ipynb #7fc8bfd3
 def default_pool() -> KernelPool:
     "This process's own pool, ended with it."
@@ -332,6 +347,7 @@ def run_notebook(
         watch = Watch(k, timeout_s, should_stop, grace_s, tick)
         collect = Collector(nb, k, on_output, max_mb)
         record.cells, record.error = run_cells(k, nb, collect, watch)
+        if record.error is None and context: record.imported = imported(k)
         collect.client.set_widgets_metadata()
     except KernelDied as e: record.error = e
     finally:

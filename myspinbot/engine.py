@@ -192,6 +192,7 @@ def _failure(kernel: Kernel, reply: dict[str, Any], index: int) -> SpinError:
 # %% ../nbs/22_engine.ipynb #a07429bd
 def run_cell(
     kernel: Kernel, nb: Any, index: int, collect: Collector, watch: Watch,
+    expression: str = "",  # evaluated after the cell; its answer is in the kernel's `reply`
 ) -> SpinError | None:  # why the run ends here
     "Run one cell, with papermill's metadata."
     cell, meta, began, error = nb.cells[index], nb.cells[index].metadata.papermill, time.monotonic(), None
@@ -200,9 +201,10 @@ def run_cell(
     if cell.cell_type == "code" and cell.source.strip() and collect.client.skip_cells_with_tag not in tags:
         collect.start(index)
         stop = not collect.allows(tags, None)
-        try: reply = kernel.request(cell.source, on_message=collect, watch=watch, stop_on_error=stop)
+        try: reply = kernel.request(cell.source, on_message=collect, watch=watch, stop_on_error=stop, expression=expression)
         except KernelDied as e: error = watch.error or e
         else:
+            kernel.reply = reply
             cell.execution_count = reply.get("execution_count", cell.execution_count)
             if (at := cell.metadata.get("execution")) and collect.client.record_timing:
                 at["shell.execute_reply"] = _now()
@@ -220,8 +222,9 @@ def run_cells(
 ) -> tuple[list[dict[str, Any]], SpinError | None]:
     "Run all cells until one fails; a line about each, and the error."
     cells, error, index = [], None, 0
+    last = max((i for i, c in enumerate(nb.cells) if c.cell_type == "code" and c.source.strip()), default=-1)
     for index, cell in enumerate(nb.cells):
-        error = run_cell(kernel, nb, index, collect, watch)
+        error = run_cell(kernel, nb, index, collect, watch, _IMPORTED if index == last and kernel.python else "")
         meta = cell.metadata.papermill
         line = dict(index=index, status=meta["status"], seconds=round(meta["duration"], 4))
         if cell.cell_type == "code": cells.append(line)
@@ -292,18 +295,15 @@ def save_notebook(nb: Any, path: str | Path) -> None:
     finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/22_engine.ipynb #63d98f4d
-_IMPORTED = "__import__('myspinbot.step', fromlist=['step']).imported()"
+_IMPORTED = "__import__('myspinbot.step', fromlist=['step']).imported()"  # evaluated after the last cell: no round trip of its own
 
-def imported(kernel: Kernel) -> dict[str, Any]:  # empty: it does not say
-    "What the run in a kernel has imported."
+def imported(reply: dict[str, Any]) -> dict[str, Any]:  # empty: it does not say
+    "What a run has imported, from the reply of its last cell."
     import ast
-    if not kernel.python or not kernel.alive(): return {}
-    end = time.monotonic() + 5
-    def watch() -> None:
-        if time.monotonic() > end: raise KernelDied("No answer.")
-    try: told = kernel.request("", silent=True, expression=_IMPORTED, watch=watch).get("user_expressions", {}).get("spin", {})
-    except KernelDied: return {}
-    return json.loads(ast.literal_eval(told["data"]["text/plain"])) if told.get("status") == "ok" else {}
+    told = reply.get("user_expressions", {}).get("spin", {})
+    try: return json.loads(ast.literal_eval(told["data"]["text/plain"])) if told.get("status") == "ok" else {}
+    except (ValueError, SyntaxError, KeyError, TypeError): return {}  # a notebook may break what it likes
+
 
 # %% ../nbs/22_engine.ipynb #7fc8bfd3
 def default_pool() -> KernelPool:
@@ -347,7 +347,7 @@ def run_notebook(
         watch = Watch(k, timeout_s, should_stop, grace_s, tick)
         collect = Collector(nb, k, on_output, max_mb)
         record.cells, record.error = run_cells(k, nb, collect, watch)
-        if record.error is None and context: record.imported = imported(k)
+        if record.error is None: record.imported = imported(getattr(k, "reply", {}))
         collect.client.set_widgets_metadata()
     except KernelDied as e: record.error = e
     finally:

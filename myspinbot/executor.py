@@ -345,13 +345,16 @@ def completed(
     imported: Mapping[str, Any],   # by the run
 ) -> dict[str, Any]:  # `input_hash`, `code`, `notes`, as `settled_key` makes them; `parts`; `learned` for the next plan
     "The key of what really ran."
-    modules = list(learned_of(planned, catalogue.code(spec.id)[1]).get("modules", ()))
+    static = catalogue.code(spec.id)
+    modules = list(learned_of(planned, static[1]).get("modules", ()))
     local = imported.get("local", {}).items()
-    modules += [k for k, v in local if k not in before["modules"] and not is_installed(os.path.dirname(v))]
+    more = [k for k, v in local if k not in before["modules"] and not is_installed(os.path.dirname(v))]
     packages, own = dict(before["packages"]), owners()
     if new := {d for o in imported.get("tops", ()) for d in own.get(o, ())} - packages.keys():
         new -= explained([*packages, "ipykernel", "ipywidgets"])
-    packages |= {d: v for vs in own.values() for d, v in vs.items() if d in new}
-    code, parts = catalogue.code(spec.id, dict(modules=modules, packages=packages), here=True)
+    packages |= {d: v for vs in own.values() for d, v in vs.items() if d in new} if new else {}
+    modules += more
+    if not (more or new) and static[1] is before: code, parts = static
+    else: code, parts = catalogue.code(spec.id, dict(modules=modules, packages=packages), here=True)
     learned = dict(modules=[k for k in parts["modules"] if k in modules], packages=parts["packages"])
     return settled_key(spec, inputs, planned, before, (code, parts)) | dict(parts=parts, learned=learned)

@@ -50,9 +50,9 @@ _PACKAGES = tuple(f"{os.sep}{o}{os.sep}" for o in ("site-packages", "dist-packag
 def imported() -> str:  # JSON: `tops`, names outside the standard library; `local`, name -> file of modules that no package has
     "What this run has imported since `enter`; asked by the engine after the last cell."
     tops, local = set(), {}
-    for k, m in list(sys.modules.items()):
-        if k in _before or (top := k.partition(".")[0]) in sys.stdlib_module_names or top == "__main__": continue
-        file = getattr(m, "__file__", None)
+    for k in sys.modules.keys() - _before:
+        if (top := k.partition(".")[0]) in sys.stdlib_module_names or top == "__main__": continue
+        file = getattr(m := sys.modules.get(k), "__file__", None)
         if isinstance(file, str) and not any(o in file for o in _PACKAGES): local[k] = file
         elif isinstance(file, str) or getattr(m, "__path__", None): tops.add(top)
     return json.dumps(dict(tops=sorted(tops), local=local))

@@ -88,7 +88,7 @@ BESIDE = {
     "prompt.txt": "Speak slowly.", "prompts/a.txt": "And clearly."}
 CELLS = ["from myspinbot.step import Step\nstep = Step('toy.beside')", "import helper\n%run script.py", "%run -i tools/deep.py",
          "said = [open('prompt.txt').read(), step.file('prompts/a.txt').read_text()]",
-         "step.path('all.json').write_text(f'{{\"said\": \"{said}\", \"values\": [{helper.VALUE}, {SCRIPTED}, {DEEP}]}}')",
+         "values = [helper.VALUE, SCRIPTED, DEEP]\nstep.path('all.json').write_text(f'{{\"said\": \"{said}\", \"values\": {values}}}')",
          "step.output(all=step.path('all.json'))"]
 
 
@@ -106,7 +106,8 @@ def beside(root: Path, *cells: str, files: tuple[str, ...] = ("prompt.txt", "pro
     return root
 
 
-def one(id: str) -> Graph: return Graph(name="one", nodes=(Node(id="it", step=id),), outputs=dict(all=PortRef(node="it", port="all")))
+def one(id: str) -> Graph:
+    return Graph(name="one", nodes=(Node(id="it", step=id),), outputs=dict(all=PortRef(node="it", port="all")))
 
 
 def test_what_lies_beside_a_notebook_is_there_in_all_ways(farm, tmp_path, monkeypatch):

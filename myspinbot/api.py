@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'jobs', 'files', 'about', 'error_response', 'Submit', 'Answer', 'Rerun', 'refuse_paths', 'client_of',
-           'job_json', 'step_json', 'check_artifacts', 'submit', 'list_jobs', 'get_job', 'get_steps', 'get_events',
-           'cancel', 'retry', 'rerun', 'approve', 'stream', 'size_of', 'blob', 'upload', 'download', 'get_pipelines',
-           'get_steps_catalogue', 'health', 'families', 'Gauges', 'metrics', 'BodyLimit', 'create_app']
+           'job_json', 'step_json', 'check_artifacts', 'submit', 'list_jobs', 'get_job', 'get_steps', 'get_why',
+           'get_events', 'cancel', 'retry', 'rerun', 'approve', 'stream', 'size_of', 'blob', 'upload', 'download',
+           'get_pipelines', 'get_steps_catalogue', 'health', 'families', 'Gauges', 'metrics', 'BodyLimit', 'create_app']
 
 # %% ../nbs/45_api.ipynb #8929951d
 import asyncio, json, re, tempfile, threading
@@ -138,6 +138,11 @@ def get_steps(request: Request, id: str) -> list[dict[str, Any]]:
     "The steps of a job: state, attempt, worker, inputs, outputs, timings, executed notebook."
     client_of(request).job(id)
     return [step_json(r) for r in client_of(request).steps(id)]
+
+@jobs.get("/jobs/{id}/steps/{key}/why")
+def get_why(request: Request, id: str, key: str) -> dict[str, Any]:
+    "Why a step ran or was cached, in plain words, against the last run of the same step."
+    return client_of(request).why(id, key)
 
 @jobs.get("/jobs/{id}/events")
 def get_events(request: Request, id: str,

@@ -86,17 +86,17 @@ def find_cached(self: Attempts, input_hash: str) -> StepRow | None:
 
 # %% ../nbs/14_attempts.ipynb #b326c554
 GIVEN = """SELECT * FROM json_to_recordset(%(rows)s) AS w (i int, job text, epoch bigint, key text, node text, step text,
-    version text, queue text, rank smallint, status text, attempt int, worker text, input_hash text, source_hash text,
+    version text, queue text, rank smallint, status text, attempt int, worker text, input_hash text, source_hash text, code text,
     inputs text, outputs text, error text, notebook text, origin text, record text, weight float8, retries int,
     timeout_s float8, started_at timestamptz)"""
 FENCE = f"""SELECT job.id, job.epoch FROM job JOIN (SELECT DISTINCT job, epoch FROM w) o ON o.job = job.id
     AND o.epoch = job.epoch WHERE job.status IN {JOB_LIVE} ORDER BY job.id FOR SHARE OF job"""
 NEW_STEPS = f"""INSERT INTO step (job, key, node, step, version, queue, priority, status, attempt, worker, input_hash,
-    source_hash, inputs, outputs, error, notebook, origin, record, weight, retries, timeout_s,
+    source_hash, code, inputs, outputs, error, notebook, origin, record, weight, retries, timeout_s,
     queued_at, started_at, ended_at)
   SELECT w.job, w.key, w.node, w.step, w.version, w.queue, w.rank, w.status, w.attempt, w.worker, w.input_hash,
-    w.source_hash, w.inputs::json, w.outputs::json, w.error::json, w.notebook::json, w.origin, w.record::json,
-    w.weight, w.retries, w.timeout_s, now.at,
+    w.source_hash, coalesce(w.code, ''), w.inputs::json, w.outputs::json, w.error::json, w.notebook::json, w.origin,
+    w.record::json, w.weight, w.retries, w.timeout_s, now.at,
     CASE WHEN w.status NOT IN ('pending', 'queued', 'skipped') THEN coalesce(w.started_at, now.at) END,
     CASE WHEN w.status IN {STEP_ENDED} THEN now.at END
   FROM w JOIN j ON j.id = w.job AND j.epoch = w.epoch, (SELECT clock_timestamp() AS at) now ORDER BY w.i"""
@@ -104,7 +104,7 @@ NEW_STEPS = f"""INSERT INTO step (job, key, node, step, version, queue, priority
 def step_params(row: StepRow, epoch: int) -> dict[str, Any]:
     "A row's values for a write; raises `InputError` for what cannot be stored."
     d = {k: getattr(row, k) for k in ("job", "key", "node", "step", "version", "queue", "status", "attempt", "worker",
-         "input_hash", "source_hash", "origin", "weight", "retries", "timeout_s")}
+         "input_hash", "source_hash", "code", "origin", "weight", "retries", "timeout_s")}
     return d | dict(epoch=epoch, rank=PRIORITIES.index(row.priority), inputs=to_pg(row.inputs),
                     outputs=to_pg(row.outputs), record=to_pg(row.record, mend=True),
                     error=to_pg(row.error, mend=True) if row.error else None,
@@ -114,15 +114,15 @@ def step_params(row: StepRow, epoch: int) -> dict[str, Any]:
 # %% ../nbs/14_attempts.ipynb #3ee2f9e8
 QUEUE = NEW_STEPS + """ ON CONFLICT (job, key) DO UPDATE SET status = 'queued',
     version = excluded.version, queue = excluded.queue, priority = excluded.priority,
-    input_hash = excluded.input_hash, source_hash = excluded.source_hash, inputs = excluded.inputs,
-    outputs = '{}', error = NULL, notebook = NULL, origin = NULL, record = '{}', entry_id = NULL,
+    input_hash = excluded.input_hash, source_hash = excluded.source_hash, code = excluded.code,
+    inputs = excluded.inputs, outputs = '{}', error = NULL, notebook = NULL, origin = NULL, record = '{}', entry_id = NULL,
     weight = excluded.weight, retries = excluded.retries + step.attempt, timeout_s = excluded.timeout_s,
     queued_at = excluded.queued_at
     WHERE step.status = 'pending'"""
 RECORD = NEW_STEPS + f""" ON CONFLICT (job, key) DO UPDATE SET status = excluded.status,
     attempt = step.attempt + CASE WHEN excluded.status = 'running' AND step.status <> 'waiting' THEN 1 ELSE 0 END,
     version = excluded.version, worker = excluded.worker, lease_until = NULL, input_hash = excluded.input_hash,
-    source_hash = excluded.source_hash, inputs = excluded.inputs, outputs = excluded.outputs,
+    source_hash = excluded.source_hash, code = excluded.code, inputs = excluded.inputs, outputs = excluded.outputs,
     error = excluded.error, notebook = excluded.notebook, origin = excluded.origin, record = excluded.record,
     entry_id = NULL, started_at = coalesce(step.started_at, excluded.started_at), ended_at = excluded.ended_at
     WHERE step.status NOT IN {STEP_ENDED}"""
@@ -231,11 +231,15 @@ def commit_step(self: Attempts,
     outputs: Mapping[str, Any],
     notebook: Artifact | None = None,
     record: Mapping[str, Any] | None = None,
+    input_hash: str | None = None,  # of what really ran; None: as planned
+    code: str | None = None,
 ) -> bool:  # False: this attempt has a successor, or the job was cancelled
     "Publish an attempt's result."
-    p = result_params(job, key, attempt, notebook, record) | dict(outputs=to_pg(dict(outputs)))
+    p = result_params(job, key, attempt, notebook, record)
+    p |= dict(outputs=to_pg(dict(outputs)), input_hash=input_hash, code=code)
     done = self.row(f"""UPDATE step SET status = 'succeeded', outputs = %(outputs)s, notebook = %(notebook)s,
-        record = %(record)s, error = NULL, lease_until = NULL, ended_at = clock_timestamp()
+        record = %(record)s, error = NULL, lease_until = NULL, ended_at = clock_timestamp(),
+        input_hash = coalesce(%(input_hash)s::text, input_hash), code = coalesce(%(code)s::text, code)
         {ATTEMPT} AND status = 'running' RETURNING key""", **p)
     return bool(done or self.row(f"SELECT key FROM step {ATTEMPT} AND status = 'succeeded'", **p))
 

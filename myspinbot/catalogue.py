@@ -8,10 +8,10 @@ __all__ = ['ControlFunction', 'ControlContext', 'control_step', 'Declined', 'app
 
 # %% ../nbs/02_catalogue.ipynb #5e6d1447
 import ast, inspect, os, sys, textwrap
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -21,9 +21,10 @@ from fastcore.basics import patch
 
 from .core import ConfigError, GateFailed, GraphError, NotFound, Settings, SpinError, hash_bytes, hash_json, settings
 from .schema import Graph, Port, StepSpec, port_type, show_value
-from .source import NotebookError, Sources, cells_of, modules_of, package_dir, read_notebook, settled, sources_of, unchanged
-from .source import without_comments
-from .spec import NoKernel, comments_in, did_you_mean, kernel_known, load_step, make_spec, source_hash
+from .source import NotebookError, Sources, beside, cells_of, installed, modules_of, package_dir, read_notebook, settled
+from .source import sources_of, stamp_of, unchanged, without_comments
+from .spec import NoKernel, code_of, comments_in, did_you_mean, digests, files_of, folders_of, kernel_known, load_step
+from .spec import make_spec, source_hash
 
 _all_ = ["NotebookError", "load_step", "source_hash"]
 
@@ -132,6 +133,15 @@ def _stamp(folder: Path, suffix: str) -> tuple[tuple[str, int, int], ...]:
         except OSError: return e.name, 0, 0  # a link to nothing, or just removed
     return tuple(sorted(map(seen, found)))
 
+@dataclass
+class _Scan:
+    "What the files of a catalogue say."
+    specs: dict[str, StepSpec] = field(default_factory=dict)
+    paths: dict[str, Path] = field(default_factory=dict)
+    errors: dict[str, SpinError] = field(default_factory=dict)
+    sources: dict[str, Sources] = field(default_factory=dict)
+    files: dict[str, dict[str, Path]] = field(default_factory=dict)  # declared ones
+
 # %% ../nbs/02_catalogue.ipynb #32a49e9f
 class Catalogue:
     "The steps and pipelines of one folder, and the control steps."
@@ -141,52 +151,55 @@ class Catalogue:
         self.dir = Path(pipelines_dir).absolute()
         self._seen: tuple[Any, Any] = (None, None)
         self._watched: dict[str, Any] = {}  # files and folders that the steps are made of
+        self._codes: dict[Any, Any] = {}
 
     def __repr__(self) -> str: return f"Catalogue({str(self.dir)!r})"
 
-    def _scan(self) -> tuple[dict[str, StepSpec], dict[str, Path], dict[str, SpinError]]:
-        "Steps, notebooks and errors; read again only when a file that matters has changed."
+    def _scan(self) -> "_Scan":
+        "Read again only when a file that matters has changed."
         errors = _load_control_modules()
         stamp = (len(_registered), tuple(sys.path), _stamp(self.dir / "steps", ".ipynb"))
         lacked = [e.fields["kernel"] for e in self._seen[1][2].values() if isinstance(e, NoKernel)] if self._seen[1] else []
         if self._seen[0] == stamp and unchanged(self._watched) and not any(map(kernel_known, lacked)): return self._seen[1]
-        found, watched = self._read(dict(errors))
-        self._watched, self._seen = watched, (stamp if settled(watched) else None, found)
+        found, self._watched = self._read(dict(errors))
+        self._seen = (stamp if settled(self._watched) else None, found)
         return found
 
-    def _read(self, errors: dict[str, SpinError]) -> tuple[Any, dict[str, Any]]:
-        specs, paths, watched = {}, {}, {}
+    def _read(self, errors: dict[str, SpinError]) -> tuple["_Scan", dict[str, Any]]:
+        found, watched = _Scan(errors=errors), {}
         for id, (spec, fn) in _control.items():
             s = _control_sources(fn)
-            specs[id] = spec.model_copy(update=dict(source_hash=_control_hash(s)))
+            found.specs[id], found.sources[id] = spec.model_copy(update=dict(source_hash=_control_hash(s))), s
             watched |= s.watched
         for path in sorted((self.dir / "steps").glob("[!._]*.ipynb")):
             try:
-                spec = load_step(path)
-                watched |= sources_of(path).watched
+                watched |= folders_of(path, (read_notebook(path)["metadata"].get("myspinbot") or {}).get("files"))
+                spec, s = load_step(path), sources_of(path)
+                files = files_of(path, spec.files)
+                watched |= s.watched | {str(o): stamp_of(str(o)) for o in files.values()}
             except Exception as e:  # whatever one file does to the reader, the others count
                 errors[str(path)] = e if isinstance(e, SpinError) else NotebookError(
                     f"{path.name} cannot be read: {type(e).__name__}: {e}.", "Save it again in JupyterLab, or remove it.")
                 continue
-            if spec.id in specs:
-                other = paths[spec.id].name if spec.id in paths else "a control step"
+            if spec.id in found.specs:
+                other = found.paths[spec.id].name if spec.id in found.paths else "a control step"
                 errors[str(path)] = NotebookError(f"{path.name}: its id {spec.id!r} is that of {other}.",
                                                   "Choose another id.")
                 continue
-            specs[spec.id], paths[spec.id] = spec, path
-        return (specs, paths, errors), watched
+            found.specs[spec.id], found.paths[spec.id], found.sources[spec.id], found.files[spec.id] = spec, path, s, files
+        return found, watched
 
     def steps(self) -> dict[str, StepSpec]:
         "All usable steps by id."
-        return dict(self._scan()[0])
+        return dict(self._scan().specs)
 
     def errors(self) -> dict[str, SpinError]:
         "What could not be read: notebook path or entry point -> why."
-        return dict(self._scan()[2])
+        return dict(self._scan().errors)
 
     def step(self, id: str) -> StepSpec:
         "One step; raises `NotFound` with the nearest id, or what is wrong with its notebook."
-        specs, _, errors = self._scan()
+        specs, errors = (found := self._scan()).specs, found.errors
         if isinstance(id, str) and id in specs: return specs[id]
         for where, e in errors.items():
             if Path(where).stem == str(id).replace(".", "_"): raise e
@@ -195,7 +208,7 @@ class Catalogue:
 
     def notebook(self, id: str) -> Path:
         "The notebook of a step; raises `NotFound` for a control step, which has none."
-        paths = self._scan()[1]
+        paths = self._scan().paths
         if id in paths: return paths[id]
         raise NotFound(f"{self.step(id).id} is a control step: it has no notebook.", step=id)
 
@@ -203,6 +216,34 @@ class Catalogue:
         "The coroutine function of a control step."
         if self.step(id).kind != "control": raise NotFound(f"{id} is a notebook, not a control step.", step=id)
         return _control[id][1]
+
+# %% ../nbs/02_catalogue.ipynb #0595d152
+@patch
+def code(self: Catalogue,
+    id: str,
+    learned: Mapping[str, Any] | None = None,  # `modules` and `packages`, as an earlier run found them
+    here: bool = False,                        # of the versions learned only the names count: this machine's are wanted
+) -> tuple[str, dict[str, Any]]:  # its hash; the parts
+    "All that a step is made of but its inputs; raises `NotFound`."
+    spec, found = self.step(id), self._scan()
+    s, learned = found.sources[id], learned or {}
+    if modules := tuple(learned.get("modules", ())): s = sources_of(found.paths[id], modules)
+    packages = dict(learned.get("packages", {}))
+    key = (id, modules, tuple(packages.items()), here)
+    if (kept := self._codes.get(key)) and kept[0] is s and kept[1] is spec: return kept[2]
+    own = {k: v for k, v in s.distributions.items() if v or not packages}
+    there = installed()
+    whole = {k: there.get(k, "" if here else v) for k, v in packages.items()} | own
+    parts = code_of(spec, s, digests(found.files.get(id, {})), dict(sorted(whole.items())))
+    if len(self._codes) > 1000: self._codes.clear()
+    self._codes[key] = (s, spec, (hash_json(parts), parts))
+    return self._codes[key][2]
+
+@patch
+def files(self: Catalogue, id: str) -> dict[str, Path]:
+    "What a run of the step finds in its own folder: declared files, and scripts with what lies beside them."
+    path, found = self.notebook(id), self._scan()
+    return found.files[id] | beside(found.sources[id], path.parent)
 
 # %% ../nbs/02_catalogue.ipynb #906b9659
 _current: ContextVar["Catalogue | None"] = ContextVar("catalogue", default=None)

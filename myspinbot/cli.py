@@ -6,8 +6,8 @@
 __all__ = ['app', 'out', 'err', 'COLORS', 'Json', 'JobId', 'main', 'print_error', 'show_json', 'status_text', 'table',
            'parse_params', 'client', 'full_id', 'job_json', 'step_json', 'log_to_stderr', 'stop_on_signal', 'control',
            'worker', 'dashboards', 'dashboards_dir', 'lab', 'up', 'down', 'health_text', 'status', 'checks', 'doctor',
-           'watch_job', 'report', 'submit', 'csv_rows', 'read_table', 'batch', 'jobs', 'show', 'logs', 'act', 'cancel',
-           'retry', 'rerun', 'approve', 'pipelines', 'steps', 'demo']
+           'watch_job', 'report', 'submit', 'csv_rows', 'read_table', 'batch', 'jobs', 'show', 'why', 'logs', 'act',
+           'cancel', 'retry', 'rerun', 'approve', 'pipelines', 'steps', 'demo']
 
 # %% ../nbs/60_cli.ipynb #ac004afb
 import csv, io, json, logging, os, re, shutil, signal, sys, threading, time
@@ -447,6 +447,16 @@ def show(job: JobId, as_json: Json = False) -> None:
         f"{s.seconds:.2f}" if s.seconds is not None else "", str(s.attempt), s.worker or "", s.input_hash[:12])
     out.print(t)
     if j.error: print_error(error_from_dict(j.error))
+
+@app.command(rich_help_panel="Jobs")
+def why(job: JobId, step: Annotated[str, typer.Argument(help="Key of a step: see `myspinbot show JOB`.")],
+    as_json: Json = False) -> None:
+    "Say why a step ran or was cached, and what changed since its last run."
+    with client() as c: found = c.why(full_id(c, job), step)
+    if as_json: return show_json(found)
+    out.print(f"{found['step']} ({found['runs']})  {status_text(found['status'])}")
+    for o in found["reasons"]: out.print(f"  {escape(o)}", soft_wrap=True)
+    if found["against"]: out.print(f"[dim]compared with {escape(found['against'])}[/]", soft_wrap=True)
 
 @app.command(rich_help_panel="Jobs")
 def logs(job: JobId, follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the job ends.")] = False,

@@ -19,6 +19,7 @@ from .check import check_key, read_graph, resolve_params, store_files, validate_
 from .graph import Pipeline
 from .plan import downstream
 from .schema import JOB_END, Artifact, Event, Graph, Job, StepRow, show_value
+from .why import reasons
 
 # %% ../nbs/40_client.ipynb #313eef12
 OUTAGE_S = 120.0  # whoever waits for a job outlasts a PostgreSQL that is away for so long
@@ -160,6 +161,24 @@ def wait(self: Client,
         except ServiceUnavailable: time.sleep(min(0.5, left))
         else: live = got[-1][0] if got else live
     return job
+
+# %% ../nbs/40_client.ipynb #ebb98560
+@patch
+def why(self: Client,
+    id: str,   # a job
+    key: str,  # one of its steps
+) -> dict[str, Any]:  # `reasons`, in plain words; `against`: job and key of the run that it is compared with
+    "Why a step ran or was cached; raises `NotFound`."
+    job, row = self.journal.job(id), self.journal.step(id, key)
+    if row is None:
+        raise NotFound(f"Job {id} has no step {key!r}.", f"Its steps: {', '.join(r.key for r in self.steps(id)) or 'none yet'}.")
+    before = self.journal.last_run(row, job.graph.name) if row.status not in ("cached", "skipped", "pending") else None
+    made = {h: self.journal.code(h) for h in {row.code, before.code if before else ""} if h}
+    try: spec = self.catalogue.step(row.step)
+    except SpinError: spec = None  # another machine's
+    said = reasons(row, job.graph, job.fresh, spec, made.get(row.code), (before, made.get(before.code)) if before else None)
+    against = f"{before.job}/{before.key}" if before else row.origin
+    return dict(job=id, step=key, runs=row.step, status=row.status, reasons=said, against=against)
 
 # %% ../nbs/40_client.ipynb #e640df8a
 @patch

@@ -157,6 +157,9 @@ class Conductor:
         self.full, self.wake = False, asyncio.Event()  # were there more jobs than fitted? look for jobs now
         self.specs: dict[str, StepSpec] = {}
         self.functions: dict[str, Callable] = {}
+        self.learned: dict[str, dict[str, Any]] = {}  # what runs of each source found out
+        self.codes: dict[str, tuple[str, dict[str, Any]]] = {}  # of each step: what it is made of now
+        self.asked, self.kept = float("-inf"), set()  # when the journal was asked about the learned; hashes of parts that it has
         self.looked = self.said = float("-inf")  # when the catalogue was read, when a server's absence was logged
         self.checked: Place | None = None  # how far the reconciler has looked at entries
         self.clock = ClockWatch(journal.now, self.cfg.lease_s)
@@ -212,9 +215,10 @@ class Conductor:
         except SpinError as e: return await self.failed(job, t, e)
         if row is None or row.status == "pending" or spec.kind == "control":
             node = job.graph.node(t.node)
+            code = await self.code(spec)
             new = StepRow(job=job.id, key=t.key, node=t.node, step=t.step, version=spec.version, queue=spec.queue,
                 priority=job.priority,
-                inputs=t.inputs, input_hash=input_hash(spec, t.inputs), source_hash=spec.source_hash,
+                inputs=t.inputs, input_hash=input_hash(spec, t.inputs, code), source_hash=spec.source_hash, code=code,
                 weight=spec.weight,
                 retries=spec.retries, timeout_s=spec.timeout_s)
             if spec.cache and node.cache and t.node not in job.fresh and (old := await self.cached(new.input_hash)):
@@ -225,6 +229,7 @@ class Conductor:
             if spec.kind == "control": return await self.control(job, t, spec, new)
             row = await self.dispatch(step_params(new, job.epoch))
         if row.status not in STEP_END: row = await self.waiter.row(job.id, t.key)
+        if row.record.keys() & {"imported_more", "other_versions"}: self.asked = self.looked = float("-inf")  # for the next plan
         return Result(status=row.status, outputs=row.outputs, error=row.error)
 
 # %% ../nbs/26_conductor.ipynb #e4dfd047
@@ -237,8 +242,23 @@ async def spec(self: Conductor, id: str) -> StepSpec:
 @patch
 async def look(self: Conductor) -> None:
     "Read the catalogue again, if its files have changed."
-    self.looked = time.monotonic()
-    self.specs, self.functions = await asyncio.to_thread(self.catalogue.steps), {}
+    self.looked = now = time.monotonic()
+    self.specs, self.functions, self.codes = await asyncio.to_thread(self.catalogue.steps), {}, {}
+    if now < self.asked + 1.0: return
+    self.asked = now
+    try: self.learned = await asyncio.to_thread(self.journal.learned, [o.source_hash for o in self.specs.values()])
+    except ServiceUnavailable as e: log.warning("what runs learned is not known now", error=str(e))
+
+@patch
+async def code(self: Conductor, spec: StepSpec) -> str:
+    "The hash of all that a step is made of; its parts are in the journal before a row names them."
+    if spec.id not in self.codes:
+        self.codes[spec.id] = await asyncio.to_thread(self.catalogue.code, spec.id, self.learned.get(spec.source_hash))
+    code, parts = self.codes[spec.id]
+    if code not in self.kept:
+        await self.db(self.journal.keep_codes, {code: parts})
+        self.kept.add(code)
+    return code
 
 @patch
 def find_many(self: Conductor, hashes: Sequence[str]) -> list[StepRow | None]:

@@ -214,6 +214,7 @@ class RunRecord:
     kernel: dict[str, Any] = field(default_factory=dict)        # id, kind, runs, pid, which imports it shares
     notebook: Path | None = None
     document: bytes = field(default=b"", repr=False)           # the executed notebook, when it has no file
+    imported: dict[str, Any] = field(default_factory=dict)     # `tops` and `local`, as `step.imported` tells them
 
 _RAISED = ("(lambda s: __import__('json').dumps(e.to_dict()) if 'myspinbot.core' in s.modules and isinstance("
            "e := getattr(s, 'last_value', None), s.modules['myspinbot.core'].SpinError) else '')(__import__('sys'))")
@@ -262,7 +263,7 @@ def left(
 # %% ../nbs/22_engine.ipynb #a07429bd
 def run_cell(
     kernel: Kernel, nb: Any, index: int, collect: Collector, watch: Watch,
-    expression: str = "",  # evaluated after the cell, for `Kernel.handlers`
+    expression: str = "",  # evaluated after the cell, for `Kernel.note`
 ) -> SpinError | Left | None:  # why the run ends here
     "Run one cell, with papermill's metadata."
     cell, meta, began, error = nb.cells[index], nb.cells[index].metadata.papermill, time.monotonic(), None
@@ -428,11 +429,12 @@ def run_notebook(
         watch = Watch(k, timeout_s, should_stop, grace_s, tick)
         collect = Collector(nb, k, on_output, max_mb)
         record.cells, record.error = run_cells(k, nb, collect, watch)
+        if record.error is None: record.imported = {o: k.told[o] for o in ("tops", "local") if o in k.told}
         collect.client.set_widgets_metadata()
     except KernelDied as e: record.error = e
     finally:
         record.ok, record.seconds = record.error is None, time.monotonic() - began
-        pool.release(k, record.ok and not _raised(nb), orderly=k.handlers > 0)  # a kernel warns of `sys.exit` only once
+        pool.release(k, record.ok and not _raised(nb), orderly=k.told.get("handlers", 0) > 0)  # a kernel warns of `sys.exit` only once
     _finish(nb, path, out_path, k, record)
     if out_path: save_notebook(nb, out_path)
     else: record.document = notebook_bytes(nb)

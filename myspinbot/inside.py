@@ -227,13 +227,14 @@ def _settle() -> None:
     while waiting() and time.monotonic() < end: time.sleep(0.001)
     time.sleep(0.002)  # for the thread that has read it
 
-def leaving() -> int:  # exit handlers that wait for `farewell`
+def leaving() -> dict[str, Any]:  # `handlers`: how many wait for `farewell`; and what `step.imported` tells
     "After the last cell: a file that the notebook wrote and did not close is whole before it is stored."
+    from myspinbot.step import imported
     writers = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
     for o in gc.get_objects():  # without what was there before the fork
         if type(o) in writers:
             with contextlib.suppress(OSError, ValueError): o.flush()
-    return len(_exits)
+    return dict(handlers=len(_exits), **imported())
 
 # %% ../nbs/21_inside.ipynb #10c15478
 _exits: list[tuple[Any, tuple, dict[str, Any]]] = []  # exit handlers: atexit cannot list its own

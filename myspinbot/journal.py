@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from .attempts import EXPIRED, JOB_LIVE, LEASE, STEP_ENDED, Attempts
 from .core import Conflict, InputError, NotFound, ServiceUnavailable, hash_json, new_id
-from .schema import Event, Graph, Job, dump_value
+from .schema import Event, Graph, Job, StepRow, dump_value
 from .tables import PRIORITIES, event_of, job_of, mended, migrate, to_pg
 
 # %% ../nbs/14_journal.ipynb #5a8afad0
@@ -271,6 +271,42 @@ def delete_job(self: Journal, job: str) -> None:
             if row: c.execute("DELETE FROM event WHERE job = %(job)s", dict(job=job))
         return row and row["graph"]
     if self.connections.run(run) is None: raise Conflict(f"Job {job} is {self.job(job).status}.", "Cancel it first.")
+
+# %% ../nbs/14_journal.ipynb #1ade8756
+@patch
+def keep_codes(self: Journal, codes: Mapping[str, Mapping[str, Any]]) -> int:  # how many were new
+    "Remember parts by their hash."
+    return len(self.rows("""INSERT INTO code SELECT * FROM unnest(%(hashes)s::text[], %(bodies)s::text[]::json[]) ORDER BY 1
+        ON CONFLICT DO NOTHING RETURNING hash""", hashes=list(codes), bodies=[to_pg(dict(o), mend=True) for o in codes.values()]))
+
+@patch
+def code(self: Journal, hash: str) -> dict[str, Any] | None:
+    "The parts behind a hash."
+    found = self.row("SELECT body FROM code WHERE hash = %(hash)s", hash=hash)
+    return found["body"] if found else None
+
+@patch
+def learn(self: Journal, source: str, body: Mapping[str, Any]) -> bool:
+    "Remember what a run of a source found out: `modules` that have been imported ever, `packages` with the latest versions."
+    return bool(self.rows("""INSERT INTO learned (source, body) VALUES (%(source)s, %(body)s)
+        ON CONFLICT (source) DO UPDATE SET body = excluded.body, at = clock_timestamp() RETURNING source""",
+        source=source, body=to_pg(dict(body), mend=True)))
+
+@patch
+def learned(self: Journal, sources: Sequence[str]) -> dict[str, dict[str, Any]]:
+    "What runs of these sources found out."
+    rows = self.rows("SELECT source, body FROM learned WHERE source = ANY(%(sources)s::text[])", sources=list(sources))
+    return {r["source"]: r["body"] for r in rows}
+
+@patch
+def last_run(self: Journal, row: StepRow, pipeline: str) -> StepRow | None:
+    "The last earlier success of the same step: that of the same node and pipeline if there is one."
+    found = self.found("""SELECT * FROM (SELECT step.*, (node = %(node)s)::int + (key = %(key)s)::int
+          + 2 * (pipeline = %(pipeline)s)::int AS near FROM step
+          JOIN job ON job.id = step.job WHERE step = %(step)s AND step.status = 'succeeded' AND queued_at < %(at)s
+          ORDER BY queued_at DESC LIMIT 200) s ORDER BY near DESC, queued_at DESC LIMIT 1""",
+        step=row.step, node=row.node, key=row.key, pipeline=pipeline, at=row.queued_at)
+    return found[0] if found else None
 
 # %% ../nbs/14_journal.ipynb #9602935e
 @patch

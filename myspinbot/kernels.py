@@ -34,7 +34,7 @@ class Kernel:
         from jupyter_client.session import Session
         self.id, self.parent, self.name = secrets.token_hex(4), parent, name
         self.imports, self.resident = (), ""  # what was asked for: modules, and the notebook that it serves for good
-        self.runs, self.due, self.handlers = 0, {}, 0
+        self.runs, self.due, self.told = 0, {}, {}
         self.python, self.key, began = name == "python3", secrets.token_hex(16), time.monotonic()
         self.sources, self.started_ns = [], time.time_ns()  # files that it imported from outside installed packages
         self.memory_mb, self.processes, self._counted, self._group = 0, 0, 0.0, [0]  # limits, and what they are held against
@@ -283,14 +283,14 @@ def _result(self: Kernel, what: str, reply: dict[str, Any]) -> Any:
 
 @patch
 def note(self: Kernel, reply: dict[str, Any]) -> None:
-    "Take down how many exit handlers the run has left, when the reply answers `LEAVING`."
-    if not (result := reply.get("user_expressions", {}).get("spin")): return
-    said = result.get("data", {}).get("text/plain", "")
-    self.handlers = int(said) if said.isdigit() else 1  # a notebook that broke this may have left some
+    "Take down what the run leaves behind and what it has imported, when the reply answers `LEAVING`."
+    if "spin" not in reply.get("user_expressions", {}): return
+    self.told = dict(handlers=1)  # a notebook that broke the answer may have left some
+    with contextlib.suppress(KernelDied): self.told = self._result("leaving()", reply)
 
 _MODULE = "__import__('myspinbot.inside', fromlist=['inside'])"
 
 def _inside(expression: str) -> str:
     return f"{_MODULE}._json({_MODULE}.{expression})"
 
-LEAVING = f"{_MODULE}.leaving()"  # what a notebook's last cell ends with
+LEAVING = _inside("leaving()")  # what a notebook's last cell ends with

@@ -279,13 +279,15 @@ def _content(v: Any) -> Any:
 def input_hash(
     spec: StepSpec,
     inputs: Mapping[str, Any],  # resolved, as in `Task.inputs`
+    code: str = "",             # hash of all that the step is made of, from `Catalogue.code`; "": what the spec says
 ) -> str:  # sha256
     "The cache key of one run of a step."
     values = {p.name: p.default for p in spec.inputs} | {k: revive(v) for k, v in inputs.items()}
     kinds = {p.name: p.type for p in spec.inputs}
     values = {k: _content(as_type(v, kinds.get(k, "any"))) for k, v in values.items()}
-    return hash_json(dict(step=spec.id, version=spec.version, source=spec.source_hash, outputs=spec.outputs,
-                          models=list(spec.needs.models), inputs=values))
+    made = dict(code=code) if code else dict(step=spec.id, version=spec.version, source=spec.source_hash, outputs=spec.outputs,
+                                             models=list(spec.needs.models))
+    return hash_json(made | dict(inputs=values))
 
 # %% ../nbs/04_plan.ipynb #c37a45cc
 def _merge(a: dict, b: dict) -> dict: return {**a, **b}

@@ -7,7 +7,7 @@ __all__ = ['CSS', 'Run', 'run_html', 'local_runner', 'LiveView', 'job_run']
 
 # %% ../nbs/41_run.ipynb #86f90b54
 import html, mimetypes, threading, time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .client import Client
 from .core import NotFound, SpinError, error_from_dict, settings
 from .draw import draw
 from .graph import Pipeline
-from .schema import JOB_END, Artifact, Event, Job, StepRow
+from .schema import JOB_END, STEP_END, Artifact, Event, Job, StepRow
 
 # %% ../nbs/41_run.ipynb #2847b02e
 class Run:
@@ -29,8 +29,10 @@ class Run:
         fetch: Callable[[Artifact, str, Path], Path],                  # puts a copy of an artifact into a folder
         folder: Path,                                                  # where files of this run go
         look: Callable[[], tuple[Job, list[StepRow]]] | None = None,  # reads the present state
+        explain: Callable[[str], list[str]] = lambda key: [],          # why a step ran or was cached
     ):
         self.job, self.rows, self.fetch, self.folder, self.look = job, rows, fetch, folder, look
+        self.explain, self._why = explain, {}
 
     @property
     def id(self) -> str: return self.job.id
@@ -52,6 +54,12 @@ class Run:
         "The row of a step; raises `NotFound`."
         if row := next((r for r in self.steps if r.key == key), None): return row
         raise NotFound(f"Job {self.id} has no step {key!r}.", f"Its steps: {', '.join(r.key for r in self.rows)}.")
+
+    def why(self, key: str) -> list[str]:
+        "Why a step ran or was cached, in plain words; raises `NotFound`."
+        row = self.step(key)
+        if row.status not in STEP_END: return self.explain(key)
+        return self._why.setdefault(key, self._why.get(key) or self.explain(key))
 
     def path(self, output: str) -> Path:
         "A local copy of an output file; raises the job's own error if it failed."
@@ -90,14 +98,19 @@ class Run:
 CSS = ("<style>.spin-run table{border-collapse:collapse;font-size:12px}"
        ".spin-run td,.spin-run th{padding:2px 10px;text-align:left!important}</style>")
 
-def run_html(job: Job, rows: list[StepRow]) -> str:
+def run_html(
+    job: Job,
+    rows: list[StepRow],
+    why: Mapping[str, Sequence[str]] = {},  # of each step, why it ran or was cached
+) -> str:
     "Diagram with states, table of steps, and the error if there is one."
     e = lambda v: html.escape(str(v))
     secs = {r.key: r.seconds for r in rows if r.seconds is not None}
     took = lambda r: f"{secs[r.key]:.1f} s" if r.key in secs else ""
     cells = lambda r: (r.key, r.step, r.status, took(r), r.worker or "", r.attempt or "")
     head = "".join(f"<th>{c}</th>" for c in ("step", "runs", "status", "time", "worker", "attempt"))
-    body = "".join("<tr>" + "".join(f"<td>{e(c)}</td>" for c in cells(r)) + "</tr>" for r in rows)
+    told = lambda r: f" title='{html.escape('; '.join(why[r.key]), quote=True)}'" if why.get(r.key) else ""
+    body = "".join(f"<tr{told(r)}>" + "".join(f"<td>{e(c)}</td>" for c in cells(r)) + "</tr>" for r in rows)
     error = ""
     if job.error:
         told = f"{e(job.error.get('message', ''))} {e(job.error.get('hint', ''))}"
@@ -107,7 +120,12 @@ def run_html(job: Job, rows: list[StepRow]) -> str:
     return f"<div class='spin-run'>{CSS}{title}{diagram}<table><tr>{head}</tr>{body}</table>{error}</div>"
 
 @patch
-def _repr_html_(self: Run) -> str: return run_html(self.refresh().job, self.rows)
+def _repr_html_(self: Run) -> str:
+    job = self.refresh().job
+    shown = [r.key for r in self.rows if r.status in STEP_END][:50] if job.status in JOB_END else []
+    try: why = {k: self.why(k) for k in shown}
+    except SpinError: why = {}  # a view does without
+    return run_html(job, self.rows, why)
 @patch
 def __repr__(self: Run) -> str: return f"Run({self.id}, {self.refresh().job.status})"
 
@@ -157,7 +175,7 @@ def run(self: Pipeline, *, approve: Callable[[str, Any], bool] | None = None, fr
     r = local_runner()
     lj = r.run(self.to_graph(), params, on_change=LiveView(), approve=approve, fresh=fresh)
     out = Run(lj.job, list(lj.rows.values()), lambda a, name, folder: r.store.fetch(a, folder, name),
-        r.home / "results" / lj.job.id)
+        r.home / "results" / lj.job.id, explain=lambda key: lj.why.get(key, []))
     if out.error: raise out.error
     return out
 
@@ -181,4 +199,4 @@ def job_run(
     "A job of the journal as an object to look at."
     look = lambda: (client.job(id), client.steps(id))
     return Run(*look(), lambda a, name, folder: client.store.fetch(a, folder, name), client.cfg.home / "results" / id,
-        look)
+        look, lambda key: client.why(id, key)["reasons"])

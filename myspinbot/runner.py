@@ -16,11 +16,12 @@ from typing import Any
 
 from .artifacts import LocalStore
 from .catalogue import Catalogue
-from .core import Cancelled, ConfigError, Settings, SpinError, as_spin_error, canonical_json, new_id, settings, whole_text
-from .executor import Executor, RunContext
+from .core import Cancelled, ConfigError, Settings, SpinError, as_spin_error, canonical_json, hash_json, new_id, settings, whole_text
+from .executor import Executor, RunContext, StepResult, completed
 from .check import resolve_params, store_files, validate_graph
 from .plan import Plan, Result, Task, input_hash, job_error, outputs
 from .schema import Artifact, Event, Graph, Job, StepRow, StepSpec, dump_value, revive
+from .why import reasons
 
 # %% ../nbs/25_runner.ipynb #3416c811
 Execute = Callable[[Task], Awaitable[Result]]
@@ -146,11 +147,27 @@ class LocalRunner:
 
     def remember(self, row: StepRow) -> None:
         "Make a success available to later runs; written whole or not at all."
-        f = self._cache_file(row.input_hash)
+        if row.input_hash: self._write(self._cache_file(row.input_hash), row.to_json())
+
+    def _write(self, f: Path, value: Any) -> None:
+        "JSON, whole or not at all."
         f.parent.mkdir(parents=True, exist_ok=True)
         tmp = f.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
-        tmp.write_text(whole_text(canonical_json(row.to_json())), encoding="utf-8")
+        tmp.write_text(whole_text(canonical_json(value)), encoding="utf-8")
         tmp.replace(f)
+
+    def _read(self, f: Path) -> Any:
+        try: return json.loads(f.read_bytes())
+        except (FileNotFoundError, ValueError): return None
+
+    def learned(self, source: str) -> dict[str, Any] | None:
+        "What runs of a source found out."
+        return self._read(self.home / "cache" / "learned" / f"{source}.json")
+
+    def last(self, row: StepRow, to: dict[str, Any] | None = None) -> dict[str, Any] | None:  # `row` and `parts`
+        "The last run of a step, in this pipeline's place of it; `to` is the new one."
+        f = self.home / "cache" / "last" / f"{row.step}-{hash_json([row.node, row.key])[:12]}.json"
+        return self._write(f, to) if to else self._read(f)
 
 def artifacts_in(value: Any) -> list[Artifact]:
     "All artifacts inside nested lists and dicts."
@@ -170,6 +187,8 @@ class LocalJob:
         self.job = Job(id=new_id("run"), graph=graph, params=params, status="running", created_at=now(),
             started_at=now(), fresh=fresh)
         self.rows: dict[str, StepRow] = {}
+        self.why: dict[str, list[str]] = {}            # reasons, for each step that has ended
+        self.parts: dict[str, dict[str, Any]] = {}     # of steps that were made of something else than planned
         self.slots = asyncio.Semaphore(runner.slots)
 
     def event(self, e: Event) -> None: self.on_change(self, e)
@@ -187,10 +206,11 @@ class LocalJob:
             self.set(t.key, status="skipped", error=dict(message=t.reason))
             return Result(status="skipped")
         spec = self.runner.catalogue.step(t.step)
-        h = input_hash(spec, t.inputs)
+        code, parts = self.runner.catalogue.code(t.step, self.runner.learned(spec.source_hash))
+        h = input_hash(spec, t.inputs, code)
         row = self.rows[t.key] = StepRow(job=self.job.id, key=t.key, node=t.node, step=t.step, version=spec.version,
             queue=spec.queue,
-            inputs=t.inputs, input_hash=h, source_hash=spec.source_hash, weight=spec.weight, queued_at=now(),
+            inputs=t.inputs, input_hash=h, source_hash=spec.source_hash, code=code, weight=spec.weight, queued_at=now(),
             status="queued")
         node = self.job.graph.node(t.node)
         use_cache = spec.cache and node.cache and t.node not in self.job.fresh
@@ -198,8 +218,10 @@ class LocalJob:
             self.set(t.key, status="cached", outputs=old.outputs, notebook=old.notebook, record=old.record,
                 origin=f"{old.job}/{old.key}",
                      started_at=now(), ended_at=now())
+            self.why[t.key] = reasons(self.rows[t.key], self.job.graph)
             return Result(status="cached", outputs=old.outputs)
-        row = await (self.control(t, spec) if spec.kind == "control" else self.notebook(t, spec))
+        row = await (self.control(t, spec) if spec.kind == "control" else self.notebook(t, spec, parts))
+        self.explain(row, spec, self.parts.get(t.key, parts))
         if row.status == "succeeded" and spec.cache: self.runner.remember(row)
         return Result(status=row.status, outputs=row.outputs, error=row.error)
 
@@ -207,7 +229,7 @@ class LocalJob:
 from fastcore.basics import patch
 
 @patch
-async def notebook(self: LocalJob, t: Task, spec: StepSpec) -> StepRow:
+async def notebook(self: LocalJob, t: Task, spec: StepSpec, parts: dict[str, Any]) -> StepRow:
     "Run a step notebook in a kernel, with its retries."
     async with self.slots:
         while True:
@@ -217,7 +239,8 @@ async def notebook(self: LocalJob, t: Task, spec: StepSpec) -> StepRow:
             r = await asyncio.to_thread(self.runner.executor.run, spec, t.inputs, context=ctx, on_event=self.event,
                                         should_stop=lambda: "cancelled" if self.stopping.is_set() else None)
             if r.error and r.error.retryable and attempt <= spec.retries: continue
-            return self.set(t.key, status=r.status, outputs=r.outputs, notebook=r.notebook, record=r.record,
+            key = self.rekeyed(t, spec, parts, r) if r.status == "succeeded" else {}
+            return self.set(t.key, **key, status=r.status, outputs=r.outputs, notebook=r.notebook, record=r.record,
                 ended_at=now(),
                             error=r.error.to_dict() if r.error else None)
 
@@ -241,6 +264,26 @@ async def control(self: LocalJob, t: Task, spec: StepSpec) -> StepRow:
         f"{t.key}.ipynb")
     return self.set(t.key, status="failed" if err else "succeeded", outputs=out, error=err.to_dict() if err else None,
         notebook=nb, ended_at=now())
+
+# %% ../nbs/25_runner.ipynb #a54d85d6
+@patch
+def rekeyed(self: LocalJob, t: Task, spec: StepSpec, parts: dict[str, Any], r: StepResult) -> dict[str, Any]:
+    "The key of what really ran, which the next plan will know."
+    found = completed(self.runner.catalogue, spec, t.inputs, parts, parts, r.imported)
+    r.record.update(found["notes"])
+    if found["notes"]: self.parts[t.key] = found["parts"]
+    if found["notes"].get("imported_more"):
+        self.runner._write(self.runner.home / "cache" / "learned" / f"{spec.source_hash}.json", found["learned"])
+    return {k: found[k] for k in ("input_hash", "code")}
+
+@patch
+def explain(self: LocalJob, row: StepRow, spec: StepSpec, parts: dict[str, Any]) -> None:
+    "Say why a step ran, against its last run here."
+    last = self.runner.last(row)
+    old = (StepRow.model_validate_json(canonical_json(last["row"])), last["parts"]) if last else None
+    if old: old = (old[0].model_copy(update=dict(inputs=revive(old[0].inputs))), old[1])
+    self.why[row.key] = reasons(row, self.job.graph, self.job.fresh, spec, parts, old)
+    if row.status == "succeeded": self.runner.last(row, dict(row=row.to_json(), parts=parts))
 
 # %% ../nbs/25_runner.ipynb #3b9246a2
 @patch

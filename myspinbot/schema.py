@@ -171,6 +171,7 @@ class StepSpec(Wire):
     inputs: tuple[Port, ...] = Field((), strict=False)
     outputs: dict[Name, str] = {}
     needs: Needs = Needs()
+    files: tuple[str, ...] = Field((), strict=False)  # beside the notebook, such as "prompts/*.txt": they count as its source
     timeout_s: float = Field(600.0, gt=0, le=7 * 86400)
     kernel: Literal["pristine", "resident"] = "pristine"
     retries: int = Field(1, ge=0, le=20)
@@ -300,6 +301,7 @@ class StepRow(Wire):
     worker: str | None = None
     input_hash: str = ""
     source_hash: str = ""
+    code: str = ""                      # hash of all that the step was made of; the journal knows the parts
     inputs: dict[str, Any] = {}
     outputs: dict[str, Any] = {}
     error: dict[str, Any] | None = None

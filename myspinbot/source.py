@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_NOTEBOOK', 'MAX_SOURCE', 'CONTRACT', 'NotebookError', 'read_notebook', 'cells_of', 'without_comments', 'Import',
            'imports_in', 'parse_cell', 'run_by', 'leading', 'Facts', 'facts_of_cells', 'facts_of_module', 'stamp_of',
-           'facts_of', 'Found', 'is_installed', 'owners', 'Sources', 'gather', 'unchanged', 'settled', 'sources_of',
-           'package_dir', 'modules_of', 'modules_hash']
+           'facts_of', 'Found', 'is_installed', 'owners', 'installed', 'Sources', 'gather', 'unchanged', 'settled',
+           'sources_of', 'beside', 'package_dir', 'modules_of', 'modules_hash']
 
 # %% ../nbs/02_source.ipynb #1d019f87
 import ast, getopt, io, json, os, re, shlex, site, stat, sys, sysconfig, time, tokenize, zipfile
@@ -423,6 +423,10 @@ def owners() -> dict[str, dict[str, str]]:
     "Top-level name -> distributions that bring it -> version, as installed now."
     return _owners(tuple((o, stamp_of(o)) for o in sys.path if o and is_installed(o)))
 
+def installed() -> dict[str, str]:
+    "Every installed distribution and its version."
+    return {name: version for o in owners().values() for name, version in o.items()}
+
 # %% ../nbs/02_source.ipynb #e540b845
 CONTRACT = frozenset({"core", "schema", "source", "spec", "catalogue", "step"})  # a change there leaves results valid
 _OURS = frozenset({"myspinbot", *(f"myspinbot.{o}" for o in CONTRACT)})
@@ -572,6 +576,19 @@ def sources_of(
     found = gather(facts_of_cells(cells), os.path.dirname(key[0]), key[1])
     found = replace(found, watched=when | found.watched)
     if settled(found.watched): _kept[key] = (ways, found)
+    return found
+
+# %% ../nbs/02_source.ipynb #a6e94897
+def beside(
+    s: Sources,
+    folder: str | Path,  # the notebook's
+) -> dict[str, Path]:    # name below the folder -> file
+    "What `%run` needs in a run's own folder: the scripts, and the modules beside those that have a folder of their own."
+    root, found = Path(folder).absolute(), {}
+    places = {os.path.dirname(o) for o in s.scripts.values()} - {str(root)}
+    files = [*s.scripts.values(), *(o for o in s.modules.values() if any(o.startswith(p + os.sep) for p in places))]
+    for o in map(Path, files):
+        if o.is_relative_to(root) and ".." not in o.parts: found[o.relative_to(root).as_posix()] = o
     return found
 
 # %% ../nbs/02_source.ipynb #21ca1991

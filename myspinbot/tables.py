@@ -106,9 +106,16 @@ BEGIN
 END $$;
 ALTER TABLE event DROP COLUMN xid;
 """
+_CODES = """
+CREATE TABLE code (hash text PRIMARY KEY, body json NOT NULL);
+CREATE TABLE learned (source text PRIMARY KEY, body json NOT NULL, at timestamptz NOT NULL DEFAULT clock_timestamp());
+ALTER TABLE step ADD COLUMN code text NOT NULL DEFAULT '';
+CREATE INDEX step_last ON step (step, queued_at) WHERE status = 'succeeded';
+"""
 MIGRATIONS: tuple[tuple[int, str, str], ...] = (
     (1, "jobs, steps, events, approvals", _JOBS + _STEPS + _EVENTS),
-    (2, "the events of a job are numbered in the order of their commits", _ORDER))
+    (2, "the events of a job are numbered in the order of their commits", _ORDER),
+    (3, "what steps were made of, and what runs learned", _CODES))
 
 # %% ../nbs/14_tables.ipynb #66069e6a
 LOCK = 0x5350494E  # "SPIN": the advisory lock of all migrations

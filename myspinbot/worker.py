@@ -9,7 +9,7 @@ __all__ = ['log', 'STORE_S', 'GIVE_UP_S', 'STUCK_S', 'Running', 'Worker']
 import contextlib, os, threading, time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
@@ -20,10 +20,11 @@ from .bridge import Bridge, Entry
 from .catalogue import Catalogue
 from .core import Conflict, KernelDied, ResourceLimit, ServiceUnavailable, Settings, SpinError, as_spin_error, settings
 from .events import Events
-from .executor import Executor, RunContext, StepResult
+from .executor import Executor, RunContext, StepResult, completed
 from .journal import Journal
 from .pool import pool_of
-from .schema import Event, StepMessage, StepRow
+from .schema import Event, StepMessage, StepRow, StepSpec
+from .why import learned_of, source_changes
 
 log = structlog.get_logger("myspinbot.worker")
 STORE_S = 600.0   # a result in hand waits so long for a store that does not answer
@@ -56,6 +57,8 @@ class Worker:
         self.running: dict[tuple[str, str, int], Running] = {}
         self.changed = threading.Condition()  # guards `running`
         self.entries: list[Entry] = []        # one for each slot in use
+        self.codes: dict[str, dict[str, Any]] = {}    # parts that jobs were planned with, by their hash
+        self.learned: dict[str, dict[str, Any]] = {}  # what was told about each source
         self.given_up = threading.Event()     # told to stop, and servers do not come back
 
     def tell(self, job: str, kind: str, key: str, **body: Any) -> None:
@@ -104,17 +107,50 @@ def execute(self: Worker, run: Running) -> StepResult:
     row = run.row
     try:
         spec = self.catalogue.step(row.step)
-        if spec.source_hash != row.source_hash:
-            raise Conflict(f"{row.step} has source {spec.source_hash[:12]} on worker {self.name}; "
-                           f"the job was planned with {row.source_hash[:12]}.",
-                           "Give all machines the same checkout, then retry the job.")
-        return self.executor.run(spec, row.inputs, context=RunContext(job=row.job, key=row.key, attempt=row.attempt,
+        planned, before = self.made(row, spec)
+        r = self.executor.run(spec, row.inputs, context=RunContext(job=row.job, key=row.key, attempt=row.attempt,
             worker=self.name),
-                                 on_event=self.forward, should_stop=lambda: run.stop)
+                              on_event=self.forward, should_stop=lambda: run.stop)
+        return self.rekeyed(run, spec, planned, before, r) if planned and r.status == "succeeded" else r
     except Exception as e:
         err = as_spin_error(e)
         if not isinstance(e, SpinError): log.error("executor raised", exc_info=e)
         return StepResult(status="failed", outputs={}, notebook=None, error=err, record={})
+
+# %% ../nbs/24_worker.ipynb #c803627c
+@patch
+def made(self: Worker, row: StepRow, spec: StepSpec) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    "The parts that a row was planned with, and those of this machine; raises `Conflict` that names what differs."
+    differ, (code, here) = [], self.catalogue.code(spec.id) if row.code else ("", None)
+    if not row.code: planned = None
+    elif code == row.code: planned = here
+    else:
+        planned = self.codes.get(row.code) or self.insist(self.journal.code, row.code)
+        if planned is None: raise Conflict(f"What {row.step} was planned with is not in the journal.", "Retry the job.")
+        if len(self.codes) > 1000: self.codes.clear()
+        self.codes[row.code] = planned
+        _, here = self.catalogue.code(spec.id, learned_of(planned, here), here=True)
+        differ = source_changes(planned, here)
+    if differ or (not row.code and spec.source_hash != row.source_hash):
+        what = "; ".join(differ[:5]) or f"it has source {spec.source_hash[:12]}, not {row.source_hash[:12]}"
+        raise Conflict(f"{row.step} is another one on worker {self.name} than the job was planned with: {what}.",
+                       "Give all machines the same checkout, then retry the job.", differs=differ)
+    return planned, here
+
+@patch
+def rekeyed(self: Worker, run: Running, spec: StepSpec, planned: dict[str, Any], before: dict[str, Any],
+            r: StepResult) -> StepResult:
+    "Find the key of what really ran, and tell the next plan."
+    row, found = run.row, completed(self.catalogue, spec, run.row.inputs, planned, before, r.imported)
+    r.record.update(found["notes"])
+    if not (code := found["code"]): return replace(r, key=dict(input_hash=""))
+    if code != row.code:
+        r = replace(r, key=dict(input_hash=found["input_hash"], code=code))
+        self.insist(self.journal.keep_codes, {code: found["parts"]})
+    if self.learned.get(row.source_hash) != found["learned"]:
+        self.insist(self.journal.learn, row.source_hash, found["learned"])
+        self.learned[row.source_hash] = found["learned"]
+    return r
 
 # %% ../nbs/24_worker.ipynb #00354962
 @patch
@@ -146,7 +182,8 @@ def write(self: Worker, row: StepRow, r: StepResult) -> str:  # the row's new st
     error = r.error
     if r.status == "succeeded":
         try:
-            done = self.insist(self.journal.commit_step, row.job, row.key, row.attempt, r.outputs, r.notebook, r.record)
+            done = self.insist(self.journal.commit_step, row.job, row.key, row.attempt, r.outputs, r.notebook, r.record,
+                               **r.key)
             return "succeeded" if done else "refused"
         except ServiceUnavailable: raise
         except SpinError as e: error = e

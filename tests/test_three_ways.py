@@ -1,6 +1,7 @@
 """Each step notebook gives the same result by Run All in a plain kernel, by the papermill command, and on a worker."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from nbclient import NotebookClient
 
 from myspinbot.catalogue import Catalogue
 from myspinbot.core import hash_file
+from myspinbot.runner import LocalRunner
 from myspinbot.schema import Artifact, Graph, Node, PortRef
 
 ROOT = Path(__file__).parent.parent
@@ -85,3 +87,82 @@ def test_pipeline_notebook_runs_by_papermill_and_plays_its_video(tmp_path):
     html = "".join(str(o.get("data", {}).get("text/html", "")) for c in nb.cells if c.cell_type == "code" for o in c.outputs)
     assert "<video" in html and "data:video/mp4;base64," in html
     assert "Papermill says hello." in next(c.source for c in nb.cells if "injected-parameters" in c.metadata.get("tags", []))
+
+
+BESIDE = {
+    "helper.py": "import near\nVALUE = near.VALUE\n", "near.py": "VALUE = 1\n", "script.py": "import near\nSCRIPTED = near.VALUE * 10\n",
+    "tools/deep.py": "import only_there\nDEEP = only_there.VALUE\n", "tools/only_there.py": "VALUE = 7\n",
+    "prompt.txt": "Speak slowly.", "prompts/a.txt": "And clearly."}
+CELLS = ["from myspinbot.step import Step\nstep = Step('toy.beside')", "import helper\n%run script.py", "%run -i tools/deep.py",
+         "said = [open('prompt.txt').read(), step.file('prompts/a.txt').read_text()]",
+         "values = [helper.VALUE, SCRIPTED, DEEP]\nstep.path('all.json').write_text(f'{{\"said\": \"{said}\", \"values\": {values}}}')",
+         "step.output(all=step.path('all.json'))"]
+
+
+def beside(root: Path, *cells: str, files: tuple[str, ...] = ("prompt.txt", "prompts/*.txt")) -> Path:
+    "A pipelines folder with a step that uses all kinds of things that lie beside its notebook."
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+    for name, text in BESIDE.items():
+        (root / "steps" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "steps" / name).write_text(text)
+    parameters = new_code_cell("text: str = ''  # said", metadata=dict(tags=["parameters"]))
+    about = dict(id="toy.beside", outputs=dict(all="application/json"), files=list(files))
+    nb = new_notebook(cells=[new_markdown_cell("# Toy\n\nA toy."), parameters, *map(new_code_cell, cells or CELLS)],
+        metadata=dict(myspinbot=about, kernelspec=dict(name="python3", display_name="p", language="python")))
+    nbformat.write(nb, root / "steps" / "toy_beside.ipynb")
+    return root
+
+
+def one(id: str) -> Graph:
+    return Graph(name="one", nodes=(Node(id="it", step=id),), outputs=dict(all=PortRef(node="it", port="all")))
+
+
+def test_what_lies_beside_a_notebook_is_there_in_all_ways(farm, tmp_path, monkeypatch):
+    monkeypatch.delenv("SPIN_STEP_DIR", raising=False)
+    pipelines, results = beside(tmp_path / "pipelines"), {}
+    path = pipelines / "steps" / "toy_beside.ipynb"
+    for name, way in dict(run_all=run_all, papermill=papermill_command).items():
+        cwd = tmp_path / name
+        shutil.copytree(path.parent, cwd)
+        monkeypatch.setenv("SPIN_PIPELINES_DIR", str(pipelines))
+        way(cwd / path.name, cwd)
+        results[name] = (cwd / "spin-steps" / "toy.beside" / "all.json").read_bytes()
+    monkeypatch.delenv("SPIN_PIPELINES_DIR")
+    runner = LocalRunner(Catalogue(pipelines), tmp_path / "home")
+    try: run = runner.run(one("toy.beside"), {})
+    finally: runner.close()
+    assert run.job.status == "succeeded", run.job.error
+    results["here"] = runner.store.open(run.job.outputs["all"]).read()
+    f = farm(pipelines)
+    f.start("control")
+    f.start("w1")
+    def submitted() -> bytes:
+        job = f.done(f.client.submit(one("toy.beside"), {}).id)
+        assert job.status == "succeeded", job.error
+        return f.client.store.open(job.outputs["all"]).read()
+    results["worker"] = submitted()
+    assert b"Speak slowly" in results["worker"] and b"[1, 10, 7]" in results["worker"]
+    assert len(set(results.values())) == 1, results
+    (pipelines / "steps" / "near.py").write_text("VALUE = 222\n")
+    (pipelines / "steps" / "prompt.txt").write_text("Speak fast, please.")
+    assert b"[222, 2220, 7]" in (again := submitted()) and b"Speak fast" in again
+
+
+def test_a_run_cannot_harm_the_files_beside_its_notebook_and_is_told_how_to_declare_one(tmp_path):
+    ruin = "import os\nfor o in ('prompt.txt', 'script.py'):\n    os.chmod(o, 0o600)\n    open(o, 'w').write('ruined')"
+    end = "step.path('all.json').write_text('{}')\nstep.output(all=step.path('all.json'))"
+    pipelines = beside(tmp_path / "pipelines", CELLS[0], "%run script.py", ruin, end)
+    runner = LocalRunner(Catalogue(pipelines), tmp_path / "home")
+    def failure(*cells: str) -> dict:
+        beside(tmp_path / "pipelines", CELLS[0], *cells, end, files=("prompts/*.txt",))
+        return runner.run(one("toy.beside"), {}).job.error
+    try:
+        assert runner.run(one("toy.beside"), {}).job.status == "succeeded"
+        for name in ("prompt.txt", "script.py"): assert (pipelines / "steps" / name).read_text() == BESIDE[name]
+        said = 'Declare it: add "prompt.txt" to `files` in the notebook\'s metadata `myspinbot`.'
+        assert failure("open('prompt.txt').read()")["hint"] == said
+        assert failure("from pathlib import Path\nPath('prompt.txt').absolute().read_text()")["hint"] == said
+        assert failure("step.file('prompt.txt')")["hint"] == said
+        assert failure("name = 'script.py'\n%run $name")["hint"] == said.replace("prompt.txt", "script.py")
+        assert "Declare" not in failure("open('nowhere.txt')")["hint"]
+    finally: runner.close()

@@ -16,11 +16,11 @@ from myspinbot.tables import PRIORITIES, mended, to_pg
 START = datetime(2030, 1, 1, tzinfo=UTC)
 JOB_FIELDS, STEP_FIELDS = tuple(Job.model_fields), tuple(StepRow.model_fields)
 TIMES = ("queued_at", "started_at", "ended_at", "created_at")
-RECORDED = ("status", "version", "worker", "input_hash", "source_hash", "inputs", "outputs", "error", "notebook", "origin",
-            "record")
-QUEUED = ("version", "queue", "priority", "input_hash", "source_hash", "inputs", "weight", "timeout_s")
-GIVEN = ("job", "key", "node", "step", "version", "queue", "status", "attempt", "worker", "input_hash", "source_hash", "origin",
-         "weight", "retries", "timeout_s")
+RECORDED = ("status", "version", "worker", "input_hash", "source_hash", "code", "inputs", "outputs", "error", "notebook",
+            "origin", "record")
+QUEUED = ("version", "queue", "priority", "input_hash", "source_hash", "code", "inputs", "weight", "timeout_s")
+GIVEN = ("job", "key", "node", "step", "version", "queue", "status", "attempt", "worker", "input_hash", "source_hash", "code",
+         "origin", "weight", "retries", "timeout_s")
 Row = dict[str, Any]
 
 
@@ -51,6 +51,8 @@ class MemoryJournal:
         self.by_job: dict[str, dict[str, Row]] = {}
         self.keys: dict[str, str] = {}              # idempotency key -> job
         self.approvals: dict[tuple[str, str], Row] = {}
+        self.codes: dict[str, Row] = {}             # hash -> what a step was made of
+        self.lessons: dict[str, Row] = {}           # source -> what runs of it found out
         self.told: list[Row] = []                   # events, each with the number of its transaction
 
     # --- rows, and the triggers that write events
@@ -334,13 +336,33 @@ class MemoryJournal:
         return states
 
     def commit_step(self, job: str, key: str, attempt: int, outputs: Mapping[str, Any], notebook: Artifact | None = None,
-                    record: Mapping[str, Any] | None = None) -> bool:
+                    record: Mapping[str, Any] | None = None, input_hash: str | None = None, code: str | None = None) -> bool:
         self.transaction += 1
         to_pg(dict(outputs))
         if s := self.mine(job, key, attempt):
+            key_of = {k: s[k] if v is None else v for k, v in dict(input_hash=input_hash, code=code).items()}
             self.change_step(s, status="succeeded", outputs=dict(outputs), notebook=notebook, record=mended(dict(record or {})),
-                             error=None, lease_until=None, ended_at=self.clock())
+                             error=None, lease_until=None, ended_at=self.clock(), **key_of)
         return bool(s or self.mine(job, key, attempt, "succeeded"))
+
+    def keep_codes(self, codes: Mapping[str, Mapping[str, Any]]) -> int:
+        self.transaction += 1
+        new = {h: json.loads(to_pg(dict(body))) for h, body in codes.items() if h not in self.codes}
+        self.codes |= new
+        return len(new)
+
+    def code(self, hash: str) -> Row | None:
+        self.transaction += 1
+        return self.codes.get(hash)
+
+    def learn(self, source: str, body: Mapping[str, Any]) -> bool:
+        self.transaction += 1
+        self.lessons[source] = json.loads(to_pg(dict(body)))
+        return True
+
+    def learned(self, sources: Sequence[str]) -> dict[str, Row]:
+        self.transaction += 1
+        return {o: self.lessons[o] for o in sources if o in self.lessons}
 
     def fail_step(self, job: str, key: str, attempt: int, error: Mapping[str, Any], notebook: Artifact | None = None,
                   record: Mapping[str, Any] | None = None, retry: bool = False) -> StepRow | None:

@@ -30,7 +30,7 @@ from myspinbot.bridge import MemoryBridge
 from myspinbot.catalogue import approve
 from myspinbot.client import Client
 from myspinbot.conductor import Conductor
-from myspinbot.core import Cancelled, Conflict, KernelDied, NotFound, ServiceUnavailable, Settings, StepFailed
+from myspinbot.core import Cancelled, Conflict, KernelDied, NotFound, ServiceUnavailable, Settings, StepFailed, hash_json
 from myspinbot.executor import StepResult
 from myspinbot.plan import Plan, Result, Task
 from myspinbot.schema import JOB_END, STEP_END, Artifact, Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec
@@ -173,6 +173,9 @@ class Catalogue:
     def __init__(self, sim: "Sim"): self.sim = sim
     def steps(self) -> dict[str, StepSpec]: return SPECS
     def step(self, id: str) -> StepSpec: return SPECS[id]
+    def code(self, id: str, learned: dict | None = None, here: bool = False) -> tuple[str, dict]:
+        parts = dict(notebook=SPECS[id].source_hash, modules={}, scripts={}, files={}, packages={})
+        return hash_json(parts), parts
     def control(self, id: str) -> Callable[..., Awaitable[dict]]: return approve if id == "flow.approve" else self.think
     async def think(self, ctx: Any, a: Any = None, b: Any = None) -> dict[str, Any]:
         sim = self.sim

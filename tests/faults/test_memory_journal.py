@@ -36,7 +36,7 @@ class Both:
         self.start()
 
     def start(self) -> None:
-        self.clock.execute("TRUNCATE sim.job, sim.step, sim.approval, sim.event, sim.graph")
+        self.clock.execute("TRUNCATE sim.job, sim.step, sim.approval, sim.event, sim.graph, sim.code, sim.learned")
         self.now = 0.0
         self.memory = MemoryJournal(lambda: self.now)
 
@@ -86,7 +86,7 @@ def new_row(r: random.Random, job: str) -> StepRow:
     key = r.choice(KEYS)
     status = r.choice(("running", "running", "waiting", "succeeded", "failed", "skipped", "cached"))
     return StepRow(job=job, key=key, node=key.partition("[")[0], step="speech.piper", status=status,
-                   input_hash=r.choice(("", "h1", "h2")),
+                   input_hash=r.choice(("", "h1", "h2")), code=r.choice(("", "c1")),
                    attempt=r.choice((0, 1)), worker=r.choice((None, "c1")), inputs=r.choice(({}, {"a": ART, "l": [ART, 1]})),
                    outputs=r.choice(({}, {"v": 1})), error=r.choice((None, *ERRORS)), notebook=r.choice((None, ART)),
                    origin=r.choice((None, "job_x/say")), record={"python": "3\0"}, retries=r.choice((0, 1)),
@@ -180,7 +180,18 @@ def calls(r: random.Random, m: MemoryJournal) -> Iterator[tuple[str, tuple, dict
                 *[("record_step", (id, e, new_row(r, id)), {})] * 2,
                 *[("claim_step", (id, key, r.choice(WORKERS), lease()), {})] * 6,
                 ("renew_steps", ([(id, k, attempt(id, k)) for k in KEYS] + [(id, "no", 1)], lease()), {}),
-                *[("commit_step", (id, key, a, out, r.choice((None, ART)), {"s": 1}), {})] * 2,
+                *[
+                    (
+                        "commit_step",
+                        (id, key, a, out, r.choice((None, ART)), {"s": 1}),
+                        r.choice(({}, {"input_hash": "h2", "code": "c2"})),
+                    )
+                ]
+                * 2,
+                ("keep_codes", ({r.choice(("c1", "c2")): {"a": r.random()}},), {}),
+                ("code", (r.choice(("c1", "c2")),), {}),
+                ("learn", (r.choice("st"), {"modules": [r.choice("ab")]}), {}),
+                ("learned", (["s", "t"],), {}),
                 *[
                     (
                         "fail_step",

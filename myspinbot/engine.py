@@ -434,7 +434,8 @@ def run_notebook(
     except KernelDied as e: record.error = e
     finally:
         record.ok, record.seconds = record.error is None, time.monotonic() - began
-        pool.release(k, record.ok and not _raised(nb), orderly=k.told.get("handlers", 0) > 0)  # a kernel warns of `sys.exit` only once
+        reusable = record.ok and not _raised(nb)  # a kernel warns of `sys.exit` only once
+        pool.release(k, reusable, orderly=k.told.get("handlers", 0) > 0)
     _finish(nb, path, out_path, k, record)
     if out_path: save_notebook(nb, out_path)
     else: record.document = notebook_bytes(nb)

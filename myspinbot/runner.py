@@ -16,7 +16,8 @@ from typing import Any
 
 from .artifacts import LocalStore
 from .catalogue import Catalogue
-from .core import Cancelled, ConfigError, Settings, SpinError, as_spin_error, canonical_json, hash_json, new_id, settings, whole_text
+from .core import Cancelled, ConfigError, Settings, SpinError, as_spin_error, canonical_json, hash_json, new_id, settings
+from .core import whole_text
 from .executor import Executor, RunContext, StepResult, completed
 from .check import resolve_params, store_files, validate_graph
 from .plan import Plan, Result, Task, input_hash, job_error, outputs

@@ -423,7 +423,7 @@ def run_notebook(
     resident = _resident_name(path, nb) if kernel == "resident" else ""
     imports = shared_imports(path) if imports is None else imports
     k = pool.acquire(imports, resident, name=own_kernel(nb.metadata.kernelspec.name), cwd=folder, should_stop=should_stop)
-    record.kernel = dict(id=k.id, kind="resident" if resident else "pristine", runs=k.runs, pid=k.pid, **k.parent.told(imports))
+    record.kernel = dict(id=k.id, kind="resident" if k.resident else "pristine", runs=k.runs, pid=k.pid, **k.parent.told(imports))
     try:
         if k.python: k.enter(context, folder)
         watch = Watch(k, timeout_s, should_stop, grace_s, tick)

@@ -83,7 +83,7 @@ def acquire(self: KernelPool,
         if self._usable(kernel): break
         self._retire(kernel)
         with self._changed: self._used -= 1
-    kernel.imports, kernel.resident, kernel.runs = wanted, resident, kernel.runs + 1
+    kernel.imports, kernel.resident, kernel.runs = wanted, resident if python else "", kernel.runs + 1
     kernel.memory_mb, kernel.processes, kernel._counted = self.memory_mb, self.processes, 0.0
     if python and not self._spares.get(wanted): self._beside.submit(self.refill, wanted)
     return kernel
@@ -129,7 +129,7 @@ def _victim(self: KernelPool, wanted: tuple[str, ...] = ()) -> Kernel | None:
 def _start(self: KernelPool, imports: tuple[str, ...] = (), name: str = "python3", cwd: str | Path | None = None,
            start_s: float = 60.0) -> Kernel:
     "A new kernel, counted in `_used` by the caller."
-    try: return Kernel(self._current().parent(imports, start_s), name, cwd, start_s)
+    try: return Kernel(self._current().parent(imports), name, cwd, start_s)
     except BaseException:
         with self._changed:
             self._used -= 1

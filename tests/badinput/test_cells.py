@@ -181,6 +181,19 @@ def test_deepest_output_that_is_kept_can_be_written(run: Run) -> None:
     assert r.ok and "100 levels deep" in note.text
 
 
+def test_output_that_another_thread_is_sending_belongs_to_its_cell(run: Run) -> None:
+    r, (outputs, after) = run("""import sys, threading, time
+send = get_ipython().kernel.session.send
+def slow(*args, **kw):
+    if threading.current_thread() is not threading.main_thread(): time.sleep(0.5)
+    return send(*args, **kw)
+get_ipython().kernel.session.send = slow
+print("late")
+threading.Thread(target=sys.stdout._flush).start()
+time.sleep(0.1)""", "print('after')")
+    assert r.ok and texts(outputs) == "late\n" and texts(after) == "after\n"
+
+
 # Messages
 
 SEND = ("k = get_ipython().kernel\n"

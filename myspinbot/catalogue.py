@@ -159,7 +159,7 @@ class Catalogue:
         "Read again only when a file that matters has changed."
         errors = _load_control_modules()
         stamp = (len(_registered), tuple(sys.path), _stamp(self.dir / "steps", ".ipynb"))
-        lacked = [e.fields["kernel"] for e in self._seen[1][2].values() if isinstance(e, NoKernel)] if self._seen[1] else []
+        lacked = [e.fields["kernel"] for e in self._seen[1].errors.values() if isinstance(e, NoKernel)] if self._seen[1] else []
         if self._seen[0] == stamp and unchanged(self._watched) and not any(map(kernel_known, lacked)): return self._seen[1]
         found, self._watched = self._read(dict(errors))
         self._seen = (stamp if settled(self._watched) else None, found)

@@ -83,12 +83,14 @@ def test_pipeline_notebook_runs_by_papermill_and_plays_its_video(tmp_path):
 
 
 BESIDE = {
-    "helper.py": "import near\nVALUE = near.VALUE\n", "near.py": "VALUE = 1\n", "script.py": "import near\nSCRIPTED = near.VALUE * 10\n",
+    "helper.py": "import near\nVALUE = near.VALUE\n", "near.py": "VALUE = 1\n",
+    "script.py": "import near\nSCRIPTED = near.VALUE * 10\n",
     "tools/deep.py": "import only_there\nDEEP = only_there.VALUE\n", "tools/only_there.py": "VALUE = 7\n",
     "prompt.txt": "Speak slowly.", "prompts/a.txt": "And clearly."}
 CELLS = ["from myspinbot.step import Step\nstep = Step('toy.beside')", "import helper\n%run script.py", "%run -i tools/deep.py",
          "said = [open('prompt.txt').read(), step.file('prompts/a.txt').read_text()]",
-         "values = [helper.VALUE, SCRIPTED, DEEP]\nstep.path('all.json').write_text(f'{{\"said\": \"{said}\", \"values\": {values}}}')",
+         "values = [helper.VALUE, SCRIPTED, DEEP]",
+         "step.path('all.json').write_text(f'{{\"said\": \"{said}\", \"values\": {values}}}')",
          "step.output(all=step.path('all.json'))"]
 
 

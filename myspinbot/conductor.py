@@ -215,7 +215,8 @@ class Conductor:
         except SpinError as e: return await self.failed(job, t, e)
         if row is None or row.status == "pending" or spec.kind == "control":
             node = job.graph.node(t.node)
-            code = await self.code(spec)
+            try: code = await self.code(spec)
+            except SpinError as e: return await self.failed(job, t, e)
             new = StepRow(job=job.id, key=t.key, node=t.node, step=t.step, version=spec.version, queue=spec.queue,
                 priority=job.priority,
                 inputs=t.inputs, input_hash=input_hash(spec, t.inputs, code), source_hash=spec.source_hash, code=code,

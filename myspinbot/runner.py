@@ -270,7 +270,9 @@ async def control(self: LocalJob, t: Task, spec: StepSpec) -> StepRow:
 @patch
 def rekeyed(self: LocalJob, t: Task, spec: StepSpec, parts: dict[str, Any], r: StepResult) -> dict[str, Any]:
     "The key of what really ran, which the next plan will know."
-    found = completed(self.runner.catalogue, spec, t.inputs, parts, parts, r.imported)
+    try: found = completed(self.runner.catalogue, spec, t.inputs, parts, parts, r.imported)
+    except SpinError as e:  # its notebook is broken by now
+        found = dict(input_hash="", code="", parts=parts, notes=dict(changed_meanwhile=[e.message]))
     r.record.update(found["notes"])
     if found["notes"]: self.parts[t.key] = found["parts"]
     if found["notes"].get("imported_more"):

@@ -154,7 +154,10 @@ def _content(path: str, mtime_ns: int, size: int) -> str: return hash_file(path)
 
 def digests(files: Mapping[str, Path]) -> dict[str, str]:
     "Hashes of the content of files, kept until time or size changes."
-    return {k: _content(str(v), *(stamp_of(str(v)) or (0, 0))) for k, v in files.items()}
+    def one(path: str) -> str:
+        try: return _content(path, *(stamp_of(path) or (0, 0)))
+        except OSError: return "unreadable"  # or just removed
+    return {k: one(str(v)) for k, v in files.items()}
 
 def folders_of(path: str | Path, patterns: Any) -> dict[str, Any]:
     "Folders in which a declared file may appear, with their stamps."

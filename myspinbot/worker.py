@@ -141,7 +141,9 @@ def made(self: Worker, row: StepRow, spec: StepSpec) -> tuple[dict[str, Any] | N
 def rekeyed(self: Worker, run: Running, spec: StepSpec, planned: dict[str, Any], before: dict[str, Any],
             r: StepResult) -> StepResult:
     "Find the key of what really ran, and tell the next plan."
-    row, found = run.row, completed(self.catalogue, spec, run.row.inputs, planned, before, r.imported)
+    row = run.row
+    try: found = completed(self.catalogue, spec, row.inputs, planned, before, r.imported)
+    except SpinError as e: found = dict(code="", notes=dict(changed_meanwhile=[e.message]))  # its notebook is broken by now
     r.record.update(found["notes"])
     if not (code := found["code"]): return replace(r, key=dict(input_hash=""))
     if code != row.code:

@@ -1295,7 +1295,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'myspinbot.step.Step.progress': ('step.html#step.progress', 'myspinbot/step.py'),
                                 'myspinbot.step._declared_files': ('step.html#_declared_files', 'myspinbot/step.py'),
                                 'myspinbot.step._declared_outputs': ('step.html#_declared_outputs', 'myspinbot/step.py'),
-                                'myspinbot.step._enter_folder': ('step.html#_enter_folder', 'myspinbot/step.py'),
                                 'myspinbot.step.append_event': ('step.html#append_event', 'myspinbot/step.py'),
                                 'myspinbot.step.enter': ('step.html#enter', 'myspinbot/step.py'),
                                 'myspinbot.step.imported': ('step.html#imported', 'myspinbot/step.py'),

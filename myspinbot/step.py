@@ -22,21 +22,7 @@ _all_ = ["Audio", "Data", "Image", "Video"]
 # %% ../nbs/20_step.ipynb #a7e1d2c5
 EVENTS_BYTES = 64 << 20  # of one run on disk; a run that tells more than that is not heard any more
 _context: dict[str, Any] = {}
-_before: set[str] = set()      # modules that were there when the run began
-_beside: dict[str, Any] = {}   # the last run's notebook: `folder`, `since` when modules may come from there, `base` before that
-
-def _enter_folder(folder: str | None) -> None:
-    "Make the notebook's folder importable; modules from the last one's, or that have changed since, are forgotten."
-    last = _beside.get("folder")
-    sys.path[:] = [o for o in sys.path if o != last]
-    if not folder: return
-    files = {k: f for k, m in list(sys.modules.items()) if k not in _beside.get("base", ()) and isinstance(
-        f := getattr(m, "__file__", None), str) and last and f.startswith(last + os.sep)}
-    changed = lambda f: not os.path.exists(f) or os.stat(f).st_mtime_ns > _beside["since"]
-    if folder != last or any(map(changed, files.values())):
-        for k in files: del sys.modules[k]
-        _beside.update(folder=folder, since=time.time_ns(), base=set(sys.modules))
-    if folder not in sys.path: sys.path.insert(int(sys.path[:1] == [""]), folder)
+_before: set[str] = set()  # modules that were there when the run began
 
 def enter(
     context: Mapping[str, Any] | None,  # `step` (id), `folder`, `outputs` (name -> type), and which attempt it is:
@@ -44,9 +30,10 @@ def enter(
                                         # step declares; None or empty: by hand
 ) -> None:
     "Say where the steps made from now on in this process run; called by the engine."
+    sys.path[:] = [o for o in sys.path if o != _context.get("beside")]
     _context.clear()
     _context.update(context or {})
-    _enter_folder(_context.get("beside"))
+    if (folder := _context.get("beside")) and folder not in sys.path: sys.path.insert(int(sys.path[:1] == [""]), folder)
     _before.clear()
     _before.update(sys.modules)
 

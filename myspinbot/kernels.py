@@ -43,7 +43,7 @@ class Kernel:
         self.session = Session(key=self.key.encode(), signature_scheme="hmac-sha256")
         argv, env = ([], {}) if self.python else self._command()
         self.sockets: dict[str, Any] = {}
-        self.pid = parent.spawn(base=str(self.base), key=self.key, log=str(self.log), argv=argv, env=env,
+        self.pid = parent.spawn(self.id, base=str(self.base), key=self.key, log=str(self.log), argv=argv, env=env,
                                 cwd=str(parent.folder if self.python else cwd or parent.folder))
         try: self._connect(start_s)
         except BaseException:
@@ -53,7 +53,7 @@ class Kernel:
         self.start_s = time.monotonic() - began
 
     def __repr__(self) -> str: return f"Kernel({self.id}, {'resident' if self.resident else 'pristine'}, runs={self.runs})"
-    def alive(self) -> bool: return self.parent.alive(self.pid)
+    def alive(self) -> bool: return self.parent.alive(self.id)
     def current(self) -> bool:
         "Does it run the sources that are on disk?"
         held = self.parent.launcher.current() and self.parent.current()
@@ -61,7 +61,7 @@ class Kernel:
 
     def died(self) -> KernelDied:
         "Why it is no longer alive, with the last words of its log."
-        code = self.parent.exits.get(self.pid)
+        code = self.parent.exits.get(self.id)
         how = "without a trace" if code is None else f"with exit code {code}"
         if code is not None and code < 0: how = f"by {signal.Signals(-code).name}"
         said = self.log.read_text(errors="replace")[-LOG_BYTES:] if self.log.exists() else ""
@@ -92,7 +92,6 @@ class Kernel:
             time.sleep(0.002)
         for s in self.sockets.values(): s.close(linger=0)
         self.sockets = {}
-        self.parent.kernels.discard(self.pid)
         for o in self.base.parent.glob(f"{self.id}*"): o.unlink(missing_ok=True)
 
 # %% ../nbs/21_kernels.ipynb #d9063cce

@@ -143,7 +143,7 @@ def _current(self: KernelPool) -> Launcher:
         if self._launcher and not self._launcher.current():
             self._old.append(self._launcher)
             self._launcher = None
-        for o in [o for o in self._old if o.lost or not any(p.kernels for p in o.parents.values())]:
+        for o in [o for o in self._old if o.lost or o.unused()]:
             self._old.remove(o)
             o.close()
         if self._launcher is None: self._launcher = Launcher()

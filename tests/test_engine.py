@@ -245,8 +245,8 @@ def test_stop_climbs_the_ladder(pool: KernelPool, run, name: str, grace_s: float
     assert type(r.error) is Cancelled and r.error.fields["reason"] == "cancelled"
     assert printed(r) == "before\n" + ("swallowed\n" if name == "swallows_interrupt" else "")
     exits = next(iter(pool._launcher.parents.values())).exits
-    wait_until(lambda: r.kernel["pid"] in exits)
-    assert exits[r.kernel["pid"]] == exit_code
+    wait_until(lambda: r.kernel["id"] in exits)
+    assert exits[r.kernel["id"]] == exit_code
 
 
 def test_notebook_beyond_its_time_is_stopped(run):

@@ -205,8 +205,8 @@ def log(self: Step,
 ) -> None:
     "Say something that belongs in the job's log; also printed, so that the notebook keeps it."
     text = whole_text(str(text))
-    print(text)
     self._event("log", text=text if len(text) <= _LOG_CHARS else text[:_LOG_CHARS] + " ...")
+    print(text)  # after its event, by which it is known and not told twice
 
 @patch
 def _tell(self: Step) -> None:

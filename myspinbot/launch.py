@@ -41,7 +41,9 @@ def serve(
             if not os.fork(): _serve_parent(app, owner, fds[0], json.loads(line), me)
             os.close(fds[0])
     except OSError as e: print(f"launcher: {e}", file=sys.stderr)
-    finally: shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        with contextlib.suppress(ChildProcessError): os.wait()  # until the last parent has ended its kernels
+        shutil.rmtree(folder, ignore_errors=True)
 
 def kill_group(pid: int, sig: int = signal.SIGKILL) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(pid, sig)

@@ -65,8 +65,8 @@ def read_notebook(path: str | Path) -> dict[str, Any]:
     "A notebook's metadata and cells, cached until the file changes; not to be changed by the caller."
     path = Path(path)
     try: st = path.stat()
-    except OSError as e: raise NotFound(f"No notebook {path}: {e.strerror}.", "Remove the link, or mend it.") from e
-    if not stat.S_ISREG(st.st_mode): raise NotebookError(f"{path.name} is no file.", "Rename or remove it.")
+    except OSError as e: raise NotFound(f"No notebook {path}: {e.strerror}.", "Remove or repair the link.") from e
+    if not stat.S_ISREG(st.st_mode): raise NotebookError(f"{path.name} is not a file.", "Rename or remove it.")
     read = _notebook.__wrapped__ if _young(st.st_mtime_ns) else _notebook
     return read(path, st.st_mtime_ns, st.st_size)
 
@@ -524,7 +524,7 @@ class _Gather(_Reader):
             self.scan(facts, name, package, own)
 
     def lead(self, facts: Facts, module: str, package: bool, own: tuple[str, ...]) -> bool:
-        "Collect leading imports; may those of whoever imports this go on?"
+        "Collect leading imports; may those of the importing file go on?"
         for i in facts.ahead:
             names = self.names(i, module, package, own)
             whole = len(names) - len(i.names) - 1

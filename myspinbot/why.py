@@ -61,13 +61,13 @@ def _show(v: Any) -> str: return v.name if isinstance(v, Artifact) else show_val
 def forced(
     row: StepRow,
     graph: Graph,
-    fresh: Sequence[str],      # nodes that the job wanted to run anew
+    fresh: Sequence[str],      # nodes that the job wanted to run again
     spec: StepSpec | None,     # None: this machine does not know the step
 ) -> list[str]:
     "Why the cache was not asked."
     node = graph.node(row.node)
     return [said for on, said in (
-        (row.node in fresh, "fresh asked for: the job wanted this step to run anew"),
+        (row.node in fresh, "fresh asked for: the job wanted this step to run again"),
         (spec is not None and not spec.cache, "cache: false in the step's metadata"),
         (node is not None and not node.cache, "cache=False in the pipeline")) if on]
 

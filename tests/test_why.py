@@ -95,7 +95,7 @@ def test_every_other_part_of_a_key_is_seen_and_named(runs: Runs) -> None:
     assert runs().rows["it"].status == "cached"  # as it was before
     path.write_text(path.read_text().replace("helper.VALUE}", "helper.VALUE}!"))
     assert runs().why["it"] == ["the notebook's cells changed", "file prompts/b.txt is gone"]
-    assert runs(fresh=("it",)).why["it"] == ["fresh asked for: the job wanted this step to run anew"]
+    assert runs(fresh=("it",)).why["it"] == ["fresh asked for: the job wanted this step to run again"]
     write_step(runs.folder / "pipelines", USES, id="toy.never", cache=False)
     runs(id="toy.never")
     assert runs(id="toy.never").why["it"] == ["cache: false in the step's metadata"]
@@ -196,7 +196,7 @@ def test_workers_say_why_and_see_every_edit(farm, tmp_path: Path) -> None:
     fourth = job("b")
     assert fourth.outputs == dict(value="b 222")
     assert why(fourth) == ["module helper2 changed", "parameter text changed: 'a' -> 'b'"]
-    assert why(job("b", fresh=("it",))) == ["fresh asked for: the job wanted this step to run anew"]
+    assert why(job("b", fresh=("it",))) == ["fresh asked for: the job wanted this step to run again"]
     told = cli(f, "why", fourth.id, "it")
     assert "module helper2 changed" in told and f"compared with {third.id}/it" in told
     assert json.loads(cli(f, "why", fourth.id, "it", "--json"))["reasons"] == why(fourth)

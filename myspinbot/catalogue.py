@@ -218,6 +218,8 @@ class Catalogue:
         return _control[id][1]
 
 # %% ../nbs/02_catalogue.ipynb #0595d152
+_PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
+
 @patch
 def code(self: Catalogue,
     id: str,
@@ -231,7 +233,7 @@ def code(self: Catalogue,
     packages = dict(learned.get("packages", {}))
     key = (id, modules, tuple(packages.items()), here)
     if (kept := self._codes.get(key)) and kept[0] is s and kept[1] is spec: return kept[2]
-    own = {k: v for k, v in s.distributions.items() if v or not packages}
+    own = dict(python=_PYTHON) | {k: v for k, v in s.distributions.items() if v or not packages}
     there = installed()
     whole = {k: there.get(k, "" if here else v) for k, v in packages.items()} | own
     parts = code_of(spec, s, digests(found.files.get(id, {})), dict(sorted(whole.items())))

@@ -33,15 +33,12 @@ def _undisturbed() -> Iterator[None]:
 
 def _send_at_once() -> None:
     "Let the thread that makes output send it."
-    from ipykernel.iostream import IOPubThread, OutStream
+    from ipykernel.iostream import IOPubThread
     lock = threading.Lock()
     def send(self: IOPubThread, *args: Any, **kw: Any) -> None:
         if not self._is_master_process(): return self._really_send(*args, **kw)  # a child has a pipe of its own
         with _undisturbed(), lock: self._really_send(*args, **kw)
-    def flush(self: OutStream) -> None:
-        if not self._buffers: return  # ipykernel asks for it several times a cell
-        with _undisturbed(): self._flush()
-    IOPubThread.send_multipart, OutStream.flush = send, flush
+    IOPubThread.send_multipart = send
     IOPubThread._setup_xpub_listener = lambda self: None  # nothing but `send` may touch the socket
 
 # %% ../nbs/21_inside.ipynb #4b227924

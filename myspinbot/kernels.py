@@ -262,9 +262,9 @@ def call(self: Kernel, expression: str, timeout_s: float = 20.0) -> Any:
 
 @patch
 def _rehearse(self: Kernel) -> None:
-    "Before its first run: cells that do nothing, so that the first one of a notebook is as fast as the second."
+    "Before its first run: a cell that does nothing, so that the first one of a notebook is as fast as the second."
     self.call("prepare()")
-    for code in ("print(end='')", "pass", "pass"): self.request(code, history=False)
+    self.request("print(end='')", history=False)
 
 @patch
 def enter(self: Kernel, context: dict[str, Any] | None, cwd: str) -> None:

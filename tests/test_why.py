@@ -158,7 +158,7 @@ def test_a_result_is_stored_under_the_versions_that_made_it(runs: Runs) -> None:
     write_step(runs.folder / "pipelines", "import numpy\nstep.output(value=1)")
     catalogue = runs.runner.catalogue
     code, parts = catalogue.code("toy.helped")
-    planned = parts | dict(packages=dict(numpy="0.1"))
+    planned = parts | dict(packages=parts["packages"] | dict(numpy="0.1"))
     _, here = catalogue.code("toy.helped", dict(packages=planned["packages"]), here=True)
     found = completed(catalogue, catalogue.step("toy.helped"), dict(text="a"), planned, here, {})
     assert found["code"] == code and found["notes"] == dict(other_versions=[f"package numpy 0.1 -> {parts['packages']['numpy']}"])

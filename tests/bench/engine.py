@@ -26,6 +26,7 @@ from myspinbot.catalogue import Catalogue
 from myspinbot.client import Client
 from myspinbot.core import Settings
 from myspinbot.embedded import Embedded
+from myspinbot.plan import input_hash
 from myspinbot.schema import Graph, StepMessage, StepRow
 from table import Row, main
 
@@ -83,6 +84,8 @@ class Sender:
         self.client, self.keys = client, itertools.count()
         client.journal.submit(Graph(name="bench"), {})
         [self.job] = client.journal.lease_jobs("bench", 600, 1)
+        self.codes = {k: client.catalogue.code(f"toy.{k}") for k in KINDS}
+        client.journal.keep_codes(dict(self.codes.values()))
         self.done, self.stop = set(), threading.Event()
         self.changed = threading.Condition()
         threading.Thread(target=self.listen, daemon=True).start()
@@ -95,10 +98,9 @@ class Sender:
 
     def send(self, count: int, kind: str = "pristine") -> list[str]:
         spec = self.client.catalogue.step(f"toy.{kind}")
-        keys, j = [f"n{next(self.keys)}" for _ in range(count)], self.client.journal
-        for k in keys:
-            j.queue_step(self.job.id, self.job.epoch, StepRow(job=self.job.id, key=k, node=k, step=spec.id,
-                                                              source_hash=spec.source_hash))
+        keys, j, code = [f"n{next(self.keys)}" for _ in range(count)], self.client.journal, self.codes[kind][0]
+        made = dict(step=spec.id, source_hash=spec.source_hash, code=code, input_hash=input_hash(spec, {}, code))
+        for k in keys: j.queue_step(self.job.id, self.job.epoch, StepRow(job=self.job.id, key=k, node=k, **made))
         ids = self.client.bridge.publish_many([("cpu", "normal", StepMessage(job=self.job.id, key=k)) for k in keys])
         j.mark_published([(self.job.id, k, id) for k, id in zip(keys, ids, strict=True)])
         return keys

@@ -18,14 +18,14 @@ sys.path.insert(0, str(HERE.parent))
 from noops import chain, installation, memory_mb, write_pipelines
 from table import Row, main, percentile
 
-PACED, GAP_S, RUNS = 300, 0.05, 3
+PACED, GAP_S, RUNS = 200, 0.1, 3
 PIPELINES = 30
 JOBS, LENGTH = 100, 40
 QUEUED = 10_000
 
 
 def delay() -> list[Row]:
-    "Submit to claim, and to the first cell of the first step, submits 50 ms apart."
+    "Submit to claim, and to the first cell of the first step, at a pace that one worker keeps up with."
     claims, starts, middle = [], [], []
     with installation(witness=True) as f:
         f.start("control")

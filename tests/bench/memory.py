@@ -37,10 +37,20 @@ def importing(module: str, reach: float) -> Row:
                note=f"loads {', '.join(said[-1][1:]) or 'nothing heavy'}")
 
 
+def settled_children(pid: int) -> list[int]:
+    "All processes below one, when no kernel comes or goes any more."
+    from psutil import Process
+    def below() -> list[int]: return sorted(o.pid for o in Process(pid).children(recursive=True))
+    before = below()
+    while True:
+        time.sleep(0.5)
+        if (now := below()) == before: return now
+        before = now
+
+
 def idle_worker() -> list[Row]:
     "A worker that is connected and waits, and the same after its first step, with its launcher."
     from engine import Sender
-    from psutil import Process
     with installation() as (client, env, home), open(home / "worker.log", "wb") as log:
         p = subprocess.Popen([sys.executable, "-m", "myspinbot.cli", "worker"], env=env, stdout=log, stderr=log)
         try:
@@ -53,7 +63,7 @@ def idle_worker() -> list[Row]:
             sender = Sender(client)
             sender.run(3)
             sender.stop.set()
-            after, kids = sizes(p.pid), [sizes(o.pid)["Pss"] for o in Process(p.pid).children(recursive=True)]
+            after, kids = sizes(p.pid), [sizes(o)["Pss"] for o in settled_children(p.pid)]
         finally:
             p.terminate()
             p.wait(30)

@@ -314,13 +314,12 @@ def watch_job(c: Any, id: str, quiet: bool = False) -> Any:
     return c.job(id)
 
 def report(c: Any, id: str, started: float, as_json: bool) -> None:
-    "Print the end of a job: files, or the error; exit code 1 if it failed."
+    "Print the end of a job: outputs, or the error; exit code 1 if it failed."
     from myspinbot.run import job_run
     from myspinbot.schema import Artifact
     run = job_run(c, id)
-    folder = run.save()
-    files = {k: str(run.path(k)) for k, v in run.outputs.items() if isinstance(v,
-        Artifact)} if run.job.status == "succeeded" else {}
+    folder, outputs = run.save(), run.outputs if run.job.status == "succeeded" else {}
+    files = {k: str(run.path(k)) for k, v in outputs.items() if isinstance(v, Artifact)}
     if as_json:
         steps = [dict(id=r.key, status=r.status, seconds=round(r.seconds or 0.0, 3),
             notebook=str(run.notebook(r.key)) if r.notebook else None) for r in run.rows]
@@ -329,7 +328,7 @@ def report(c: Any, id: str, started: float, as_json: bool) -> None:
     else:
         took = time.monotonic() - started
         err.print(f"{status_text(run.job.status)} in {took:.1f} s; notebooks and files: {folder}", soft_wrap=True)
-        for k, p in files.items(): out.print(f"{k}: {p}", soft_wrap=True)
+        for k, v in outputs.items(): out.print(f"{k}: {escape(files.get(k) or show_value(v))}", soft_wrap=True)
         if run.error: print_error(run.error)
     if run.job.status != "succeeded": raise typer.Exit(1)
 
@@ -446,6 +445,7 @@ def show(job: JobId, as_json: Json = False) -> None:
     for s in steps: t.add_row(s.key, s.step, status_text(s.status),
         f"{s.seconds:.2f}" if s.seconds is not None else "", str(s.attempt), s.worker or "", s.input_hash[:12])
     out.print(t)
+    for k, v in j.outputs.items(): out.print(f"  {k}: {escape(getattr(v, 'name', show_value(v)))}", soft_wrap=True)
     if j.error: print_error(error_from_dict(j.error))
 
 @app.command(rich_help_panel="Jobs")

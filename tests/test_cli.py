@@ -45,7 +45,9 @@ def test_submit_wait_show_jobs_logs(up):
     assert id in run(up.env, "jobs").stdout
     kinds = [json.loads(line)["kind"] for line in run(up.env, "logs", "-f", id, "--json").stdout.splitlines()]
     assert kinds[0] == "job" and "step" in kinds
-    assert "marks[0]" in run(up.env, "show", id[:10]).stdout
+    shown = run(up.env, "show", id[:10]).stdout
+    assert "marks[0]" in shown and "values: ['ok', 'ok']" in shown
+    assert run(up.env, "submit", "fan", "-p", 'names=["a","b"]', "--wait").stdout == "values: ['ok', 'ok']\n"
 
 
 def test_rerun_cancel_retry(up, tmp_path):

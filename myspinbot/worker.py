@@ -227,12 +227,18 @@ def keep(self: Worker) -> None:
 
 @patch
 def repeat(self: Worker, fn: Callable[[], None], stop: threading.Event, at_once: bool = False) -> None:
-    "Call every third of a lease until told to stop."
-    while at_once or not stop.wait(self.cfg.lease_s / 3):
-        at_once = False
-        try: fn()
-        except ServiceUnavailable as e: log.warning("no answer; the next time may have one", of=fn.__name__, error=str(e))
-        except Exception as e: log.error("failed; the next time may not", of=fn.__name__, exc_info=e)
+    "Call every third of a lease until told to stop; more often while nobody answers: two short outages must not cost a lease."
+    third, away = self.cfg.lease_s / 3, False
+    wait = 0.0 if at_once else third
+    while not stop.wait(wait):
+        try:
+            fn()
+            away = False
+        except ServiceUnavailable as e:
+            if not away: log.warning("no answer; trying again", of=fn.__name__, error=str(e))
+            away = True
+        except Exception as e: log.error("failed; trying again", of=fn.__name__, exc_info=e)
+        wait = third / 5 if away else third
 
 @patch
 def heartbeat(self: Worker, stop: threading.Event) -> None:

@@ -196,12 +196,13 @@ def postgres_killed(w: World, rng: random.Random) -> None:
 
 @fault("PostgreSQL backend killed")
 def backend_killed(w: World, rng: random.Random) -> None:
-    with Load(w):
+    with Load(w, once=False):  # a claim whose answer was lost is repeated after its lease
         for _ in range(3):
             pause(rng, 0.1, 1.5)
             with admin(w) as c: pids = [r[0] for r in c.execute(OURS).fetchall()]
             psutil.Process(rng.choice(pids)).kill()
             w.report.kills += 1
+            wait_for("PostgreSQL ends them all", lambda pids=pids: not any(map(psutil.pid_exists, pids)))
             wait_for("PostgreSQL has recovered", lambda: w.client.health()["postgres"]["ok"])
 
 

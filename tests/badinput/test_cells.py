@@ -95,7 +95,7 @@ def test_error_with_half_a_character_is_the_notebooks_own(run: Run) -> None:
 def test_error_of_ours_keeps_its_class_whatever_its_fields_are(run: Run) -> None:
     raises = "from myspinbot.core import GateFailed\n"
     r, _ = run(raises + "raise GateFailed('bad \\ud83d', 'hint \\ud83d', a='\\ud83d', **{'b\\ud83d': 1})")
-    assert type(r.error) is GateFailed and str(r.error) == "bad \ufffd hint \ufffd"
+    assert type(r.error) is GateFailed and str(r.error) == "bad \ufffd. hint \ufffd"
     assert r.error.fields == {"a": "\ufffd", "b\ufffd": 1, "cell": 0}
     r, _ = run(raises + "raise GateFailed('low', score=float('nan'), of={1, 2})")
     assert type(r.error) is GateFailed and r.error.fields["score"] == "nan" and r.error.fields["of"] == "{1, 2}"

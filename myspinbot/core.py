@@ -56,8 +56,9 @@ class SpinError(Exception):
         self.message, self.hint, self.fields = whole_text(str(message)), whole_text(str(hint)), fields
 
     def __str__(self) -> str:
-        ended = not self.hint or self.message.endswith((".", "!", "?", ":"))
-        return f"{self.message}{'' if ended else '.'} {self.hint}".strip()
+        said = str(self.message)
+        ended = not self.hint or said.endswith((".", "!", "?", ":"))
+        return f"{said}{'' if ended else '.'} {self.hint}".strip()
 
     def to_dict(self) -> dict[str, Any]:
         "Plain JSON; `error_from_dict` is its inverse."

@@ -4,7 +4,6 @@ import os
 import socket
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

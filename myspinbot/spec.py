@@ -133,7 +133,7 @@ def files_of(
         if not parts or Path(o).is_absolute() or ".." in parts or parts[0].startswith("~") or "\0" in o or "\\" in o:
             raise NotebookError(f"{where} leads out of the notebook's folder.", 'Name files below it, such as "prompts/*.txt".')
         try: here = [f for f in sorted(folder.glob(o)) if f.is_file() and not _ASIDE & set(f.parts)]
-        except (ValueError, NotImplementedError, OSError) as e:
+        except (ValueError, OSError) as e:
             raise NotebookError(f"{where}: {e}.", "Correct the pattern.") from e
         if not here: raise NotebookError(f"{where}: there is no such file beside the notebook.", "Correct it, or add the file.")
         for f in here:

@@ -227,7 +227,7 @@ def keep(self: Worker) -> None:
 
 @patch
 def repeat(self: Worker, fn: Callable[[], None], stop: threading.Event, at_once: bool = False) -> None:
-    "Call every third of a lease until told to stop; more often while nobody answers: two short outages must not cost a lease."
+    "Call `fn` every third of a lease until told to stop; after a call without an answer, again in a fifth of that time."
     third, away = self.cfg.lease_s / 3, False
     wait = 0.0 if at_once else third
     while not stop.wait(wait):

@@ -41,11 +41,12 @@ def settled_children(pid: int) -> list[int]:
     "All processes below one, when no kernel comes or goes any more."
     from psutil import Process
     def below() -> list[int]: return sorted(o.pid for o in Process(pid).children(recursive=True))
-    before = below()
-    while True:
-        time.sleep(0.5)
-        if (now := below()) == before: return now
+    before, end = None, time.monotonic() + 60
+    while (now := below()) != before:
+        if time.monotonic() > end: raise TimeoutError("kernels come and go for a minute")
         before = now
+        time.sleep(0.5)
+    return now
 
 
 def idle_worker() -> list[Row]:

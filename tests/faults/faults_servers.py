@@ -196,7 +196,7 @@ def postgres_killed(w: World, rng: random.Random) -> None:
 
 @fault("PostgreSQL backend killed")
 def backend_killed(w: World, rng: random.Random) -> None:
-    with Load(w, once=False):  # a claim whose answer was lost is repeated after its lease
+    with Load(w):
         for _ in range(3):
             pause(rng, 0.1, 1.5)
             with admin(w) as c: pids = [r[0] for r in c.execute(OURS).fetchall()]

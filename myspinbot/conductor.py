@@ -19,7 +19,7 @@ from .bridge import Bridge
 from .catalogue import Catalogue
 from .check import check_version
 from .attempts import Place, step_params
-from .core import FenceLost, ServiceUnavailable, Settings, SpinError, StepFailed, as_spin_error, settings
+from .core import FenceLost, ServiceUnavailable, Settings, SpinError, StepFailed, as_spin_error, new_id, settings
 from .events import Events
 from .journal import Journal, end_params
 from .keys import work_stream
@@ -395,9 +395,9 @@ def unpublish(self: Conductor, lost: Sequence[Place]) -> None:
 @patch
 async def take_jobs(self: Conductor) -> None:
     "Lease what is free and run it."
-    free = self.max_jobs - len(self.jobs)
+    free, token = self.max_jobs - len(self.jobs), new_id("claim")
     def lease() -> list[Job]:
-        return self.journal.lease_jobs(self.name, self.cfg.lease_s, free, expired=self.clock.steady())
+        return self.journal.lease_jobs(self.name, self.cfg.lease_s, free, expired=self.clock.steady(), token=token)
     jobs = await self.db(lease) if free > 0 else []
     self.full = len(jobs) >= free
     if jobs: await self.look()

@@ -112,10 +112,15 @@ CREATE TABLE learned (source text PRIMARY KEY, body json NOT NULL, at timestampt
 ALTER TABLE step ADD COLUMN code text NOT NULL DEFAULT '';
 CREATE INDEX step_last ON step (step, queued_at) WHERE status = 'succeeded';
 """
+_CLAIMS = """
+ALTER TABLE job ADD COLUMN claim text;
+ALTER TABLE step ADD COLUMN claim text;
+"""
 MIGRATIONS: tuple[tuple[int, str, str], ...] = (
     (1, "jobs, steps, events, approvals", _JOBS + _STEPS + _EVENTS),
     (2, "the events of a job are numbered in the order of their commits", _ORDER),
-    (3, "what steps were made of, and what runs learned", _CODES))
+    (3, "what steps were made of, and what runs learned", _CODES),
+    (4, "who took a lease, so that a claim may be repeated", _CLAIMS))
 
 # %% ../nbs/14_tables.ipynb #66069e6a
 LOCK = 0x5350494E  # "SPIN": the advisory lock of all migrations

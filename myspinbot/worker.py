@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from .artifacts import Store
 from .bridge import Bridge, Entry
 from .catalogue import Catalogue
-from .core import Conflict, KernelDied, ResourceLimit, ServiceUnavailable, Settings, SpinError, as_spin_error, settings
+from .core import (Conflict, KernelDied, ResourceLimit, ServiceUnavailable, Settings, SpinError, as_spin_error, new_id,
+                            settings)
 from .events import Events
 from .executor import Executor, RunContext, StepResult, completed
 from .journal import Journal
@@ -71,14 +72,14 @@ class Worker:
 
     def insist(self, fn: Callable, *args: Any, stop: threading.Event | None = None, **kw: Any) -> Any:
         "Call until it answers: a result in hand is not thrown away because a server restarts."
-        wait = 0.2
+        wait, most = 0.2, min(5.0, self.cfg.lease_s / 3)  # so that a claim asks again before others may judge its lease
         while True:
             try: return fn(*args, **kw)
             except ServiceUnavailable as e:
                 if (stop or self.given_up).is_set(): raise
                 log.warning("no answer, trying again", call=fn.__name__, error=str(e))
                 (stop or self.given_up).wait(wait)
-                wait = min(5.0, wait * 2)
+                wait = min(most, wait * 2)
 
 # %% ../nbs/24_worker.ipynb #24187592
 @patch
@@ -88,7 +89,7 @@ def handle(self: Worker, entry: Entry) -> None:
         log.error("unreadable message", error=entry.error)
         return self.insist(self.bridge.dead_letter, entry, entry.error or "unreadable")
     msg = entry.message
-    row = self.insist(self.journal.claim_step, msg.job, msg.key, self.name, self.cfg.lease_s)
+    row = self.insist(self.journal.claim_step, msg.job, msg.key, self.name, self.cfg.lease_s, token=new_id("claim"))
     if row is None: return self.insist(self.bridge.finish, entry, None)
     run = Running(entry, row)
     mine = (row.job, row.key, row.attempt)  # an earlier attempt may still be on its way out
@@ -222,8 +223,11 @@ def beat(self: Worker) -> None:
 
 @patch
 def keep(self: Worker) -> None:
-    "Reset the idle time of the entries once."
-    self.bridge.renew([o.entry for o in self.held()], self.name)
+    "Reset the idle time of the entries once; also of those whose claim has not been answered yet."
+    with self.changed:
+        stopped = {id(o.entry) for o in self.running.values() if o.stop}
+        entries = [o for o in self.entries if id(o) not in stopped]
+    self.bridge.renew(entries, self.name)
 
 @patch
 def repeat(self: Worker, fn: Callable[[], None], stop: threading.Event, at_once: bool = False) -> None:

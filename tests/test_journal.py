@@ -6,7 +6,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import psycopg
 import pytest
@@ -47,6 +49,21 @@ def states(journal: Journal, job: Job) -> tuple[str, dict[str, str]]:
         if e.kind == "job": told = e.body["status"]
         else: steps[e.key] = e.body["status"]
     return told, steps
+
+
+@contextmanager
+def cut_off(journal: Journal) -> Iterator[list[bool]]:
+    "The next statement is committed, and its connection is ended by PostgreSQL before the answer; empty once that happened."
+    run, cuts = journal.connections.run, [True]
+    def cut(fn: Callable, reply_s: float | None = None) -> object:
+        def told(c: psycopg.Connection) -> object:
+            answer = fn(c)
+            if cuts and cuts.pop(): c.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+            return answer
+        return run(told, reply_s)
+    journal.connections.run = cut
+    try: yield cuts
+    finally: journal.connections.run = run
 
 
 # --- migrations
@@ -248,6 +265,17 @@ def test_only_an_ended_job_is_deleted_and_all_of_it_goes(journal, job):
         with pytest.raises(NotFound, match=job.id): call(job.id)
 
 
+def test_jobs_whose_lease_was_not_answered_come_again(journal):
+    for i in range(3): journal.submit(GRAPH, {"i": i})
+    with cut_off(journal) as cuts: jobs = journal.lease_jobs("a", 60, 2, token="t1")
+    assert not cuts and [(j.epoch, j.owner, j.params["i"]) for j in jobs] == [(1, "a", 0), (1, "a", 1)]
+    assert [j.params["i"] for j in journal.lease_jobs("a", 60, 2, token="t2")] == [2]   # another call of the same conductor
+    assert [j.id for j in journal.lease_jobs("a", 60, 2, token="t1", expired=False)] == [j.id for j in jobs]
+    assert journal.release_job(jobs[0].id, 1)                                           # who gives back holds nothing
+    assert [j.epoch for j in journal.lease_jobs("b", 60, 2, token="t1", job_id=jobs[0].id)] == [2]
+    assert [e.body["epoch"] for e in journal.events(jobs[1].id) if "epoch" in e.body] == [1]
+
+
 # --- attempts
 
 def test_two_workers_claim_one_step_and_one_gets_it(journal, job):
@@ -255,6 +283,22 @@ def test_two_workers_claim_one_step_and_one_gets_it(journal, job):
     with ThreadPoolExecutor(8) as ex:
         got = list(ex.map(lambda n: journal.claim_step(job.id, f"say[{n % 30}]", f"w{n}", 60), range(120)))
     assert sum(o is not None for o in got) == 30 and {s.attempt for s in journal.steps(job.id)} == {1}
+
+
+def test_claim_that_was_not_answered_is_found_again(journal, job):
+    journal.queue_step(job.id, job.epoch, row(job))
+    with cut_off(journal) as cuts: a = journal.claim_step(job.id, "say", "w", 60, token="t1")
+    assert not cuts and (a.status, a.attempt, a.lost, a.worker) == ("running", 1, 0, "w")
+    assert journal.claim_step(job.id, "say", "w", 60, token="t2") is None               # a second message of the same step
+    assert journal.claim_step(job.id, "say", "w", 60) is None
+    b = journal.claim_step(job.id, "say", "w", GONE, token="t1")
+    assert (b.attempt, b.lost) == (1, 0) and [s.key for s in journal.expired_steps()] == ["say"]
+    assert journal.requeue_expired()[0].lost == 1                                       # too late: this is another attempt
+    c = journal.claim_step(job.id, "say", "w", 60, token="t1")
+    assert (c.attempt, c.lost) == (2, 1) and journal.commit_step(job.id, "say", 2, {})
+    assert journal.claim_step(job.id, "say", "w", 60, token="t1") is None
+    told = [(e.body["status"], e.body.get("attempt")) for e in journal.events(job.id) if e.key == "say"]
+    assert told == [("queued", None), ("running", 1), ("queued", 1), ("running", 2), ("succeeded", 2)]
 
 
 def test_frozen_worker_changes_nothing(journal, job):

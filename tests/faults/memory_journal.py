@@ -41,6 +41,11 @@ def given(o: Mapping[str, Any]) -> Row:
     return row | {k: value(o[k]) for k in ("inputs", "outputs", "error", "notebook", "record")}
 
 
+def again(row: Row, token: str | None) -> bool:
+    "Did this very claim take the lease?"
+    return token is not None and row["lease_until"] is not None and row.get("claim") == token
+
+
 class MemoryJournal:
     "Jobs, steps, events and approvals in this process; every call is one transaction."
     def __init__(self, clock: Callable[[], float], wall: Callable[[], float] | None = None):
@@ -143,19 +148,19 @@ class MemoryJournal:
         "Has a lease run out, or was it given before the clock was set back?"
         return until is not None and not self.clock() <= until <= self.clock() + MAX_LEASE_S
 
-    def free(self, expired: bool = True) -> list[Row]:
+    def free(self, expired: bool = True, token: str | None = None) -> list[Row]:
         rows = [j for j in self.job_rows.values() if j["status"] not in JOB_END
-                and (j["lease_until"] is None or (expired and self.over(j["lease_until"])))]
+                and (j["lease_until"] is None or (expired and self.over(j["lease_until"])) or again(j, token))]
         return sorted(rows, key=lambda j: (PRIORITIES.index(j["priority"]), j["created_at"], j["id"]))
 
     def orphan_jobs(self, limit: int = 1000) -> list[str]: return [j["id"] for j in self.free()[:limit]]
 
     def lease_jobs(self, owner: str, lease_s: float, limit: int, job_id: str | None = None,
-                   expired: bool = True) -> list[Job]:
+                   expired: bool = True, token: str | None = None) -> list[Job]:
         self.transaction += 1
-        now, rows = self.clock(), [j for j in self.free(expired) if job_id in (None, j["id"])][:limit]
+        now, rows = self.clock(), [j for j in self.free(expired, token) if job_id in (None, j["id"])][:limit]
         for j in rows:
-            self.change_job(j, owner=owner, epoch=j["epoch"] + 1, lease_until=now + lease_s,
+            self.change_job(j, owner=owner, epoch=j["epoch"] + (not again(j, token)), claim=token, lease_until=now + lease_s,
                             status="running" if j["status"] == "queued" else j["status"],
                             started_at=now if j["started_at"] is None else j["started_at"])
         return [self.as_job(j) for j in rows]
@@ -312,14 +317,16 @@ class MemoryJournal:
 
     # --- attempts
 
-    def claim_step(self, job: str, key: str, worker: str, lease_s: float, max_lost: int = MAX_LOST) -> StepRow | None:
+    def claim_step(self, job: str, key: str, worker: str, lease_s: float, max_lost: int = MAX_LOST,
+                   token: str | None = None) -> StepRow | None:
         self.transaction += 1
         s, now = self.step_rows.get((job, key)), self.clock()
         if s is None: return None
-        silent = s["status"] == "running" and s["lease_until"] is not None and s["lease_until"] < now
-        if not ((s["status"] == "queued" and s["lost"] < max_lost) or (silent and s["lost"] + 1 < max_lost)): return None
-        return self.as_step(self.change_step(s, lost=s["lost"] + silent, status="running", attempt=s["attempt"] + 1, worker=worker,
-                                             lease_until=now + lease_s, started_at=now))
+        mine = s["status"] == "running" and again(s, token)
+        silent = not mine and s["status"] == "running" and s["lease_until"] is not None and s["lease_until"] < now
+        if not (mine or (s["status"] == "queued" and s["lost"] < max_lost) or (silent and s["lost"] + 1 < max_lost)): return None
+        return self.as_step(self.change_step(s, lost=s["lost"] + silent, status="running", attempt=s["attempt"] + (not mine),
+                                             worker=worker, claim=token, lease_until=now + lease_s, started_at=now))
 
     def mine(self, job: str, key: str, attempt: int, status: str = "running") -> Row | None:
         "The row of an attempt that is still the latest, and in this status."

@@ -247,6 +247,7 @@ PATCHED: list[tuple[Any, str]] = [
     (myspinbot.worker, "Executor"),
     (myspinbot.worker, "pool_of"),
     (myspinbot.worker, "log"),
+    (myspinbot.worker, "new_id"),
     (myspinbot.conductor, "asyncio"),
     (myspinbot.conductor, "threading"),
     (myspinbot.conductor, "time"),
@@ -254,12 +255,14 @@ PATCHED: list[tuple[Any, str]] = [
     (myspinbot.conductor, "import_module"),
     (myspinbot.conductor, "control_notebook"),
     (myspinbot.conductor, "log"),
+    (myspinbot.conductor, "new_id"),
     (myspinbot.runner, "asyncio"),
 ]
 
 
 # --- one schedule
 
+CLAIMS = ("claim_step", "lease_jobs")
 KINDS = ("ok",) * 11 + ("long",) * 4 + ("flaky",) * 3 + ("broken", "poison", "unstorable")
 FAULTS = (
     "crash",
@@ -306,11 +309,12 @@ class Sim:
         self.lost = 0.0 if self.calm else r.choice((0, 0, 0.003, 0.02, 0.1))       # of each call, there and back
         self.dying = 0.0 if self.calm else r.choice((0, 0, 0.001, 0.004))          # of each call, before and after
         self.slow = 0.0 if self.calm else r.choice((0, 0, 0.002, 0.02))            # of each call: up to two leases
+        self.unanswered = r.choice((0, 0.3)) if self.calm else 0                   # of each claim, back: nothing else is wrong
         self.noise: dict[str, float] = {}                                          # process -> lost calls, for a while
 
-    def new_id(self) -> str:
+    def new_id(self, kind: str = "job") -> str:
         self.ids += 1
-        return f"job_{self.ids}"
+        return f"{kind}_{self.ids}"
 
     def script(self, job: str, key: str) -> str:
         "How this step behaves, in all its attempts."
@@ -344,9 +348,10 @@ class Sim:
                 result = fn(*args, **kw)
                 if self.tell: self.trace(name, f"{args} {kw or ''} -> {result}"[:300])
                 if self.dying and r.random() < self.dying: self.crash(p, f"after {name}")
+                if self.unanswered and name in CLAIMS: lost = self.unanswered
                 if not (lost and r.random() < lost): return result
                 self.counts["lost replies"] += 1
-                self.trouble(p.name)
+                self.trouble(p.name, what=name)
                 self.trace("no reply", name)
             if left and r.random() < 0.7: continue
             if left:  # connecting again takes a while
@@ -493,8 +498,8 @@ class Sim:
         aio, th = self.asyncio, self.threading
         new = [th, Time(w, server=True), th, Time(w), lambda n, thread_name_prefix="": Pool(w, n),
                lambda store, *_, **__: Executor(self, store),
-               lambda *_: SILENT, SILENT, aio, th, Time(w), run_graph, lambda _: None, lambda *_: b"{}",
-               SILENT, aio]
+               lambda *_: SILENT, SILENT, self.new_id, aio, th, Time(w), run_graph, lambda _: None, lambda *_: b"{}",
+               SILENT, self.new_id, aio]
         for (m, n), o in zip(PATCHED, new, strict=True): setattr(m, n, o)
         try:
             self.bridge = SimBridge()
@@ -517,8 +522,9 @@ class Sim:
 # --- what must hold
 
 def explained(sim: Sim, name: str, since: float, until: float, but: str = "-") -> bool:
-    "Did something happen to this process, or to all, in this time?"
-    return any(a <= until and b >= since and what != but for who in (name, "") for a, b, what in sim.troubles.get(who, ()))
+    "Did something happen to this process, or to all, in this time? A claim whose answer was lost is asked for again."
+    return any(a <= until and b >= since and what not in (but, *CLAIMS)
+               for who in (name, "") for a, b, what in sim.troubles.get(who, ()))
 
 
 def check(sim: Sim) -> None:
@@ -668,7 +674,8 @@ def summary(sim: Sim) -> Counter:
     told = sim.journal.told
     lost = sum(e["body"].get("lost", 0) > 0 and e["body"]["status"] in ("queued", "running") for e in told)
     return sim.counts + Counter(jobs=len(sim.journal.job_rows), executions=len(sim.ran), takeovers=lost, slices=sim.world.count,
-                                events=len(told), seconds=int(sim.world.now), calm=sim.calm)
+                                events=len(told), seconds=int(sim.world.now),
+                                calm=sim.calm and not sim.unanswered, unanswered=bool(sim.unanswered))
 
 
 def table(total: Counter, schedules: int, bad: int, took: float) -> str:
@@ -676,6 +683,7 @@ def table(total: Counter, schedules: int, bad: int, took: float) -> str:
     rows = [
         ("schedules", schedules),
         ("without any fault", total["calm"]),
+        ("with unanswered claims only", total["unanswered"]),
         ("jobs", total["jobs"]),
         ("executions of steps", total["executions"]),
         ("kills", total["crashes"]),

@@ -132,7 +132,7 @@ def calls(r: random.Random, m: MemoryJournal) -> Iterator[tuple[str, tuple, dict
                     (
                         "lease_jobs",
                         (r.choice("cd"), lease(), r.choice((1, 5))),
-                        dict(job_id=r.choice((None, id)), expired=r.random() < 0.8),
+                        dict(job_id=r.choice((None, id)), expired=r.random() < 0.8, token=r.choice((None, "t1", "t2"))),
                     )
                 ]
                 * 2,
@@ -178,7 +178,7 @@ def calls(r: random.Random, m: MemoryJournal) -> Iterator[tuple[str, tuple, dict
                 ("find_cached", (r.choice(("", "h1", "h2")),), {}),
                 *[("queue_step", (id, e, new_row(r, id)), {})] * 4,
                 *[("record_step", (id, e, new_row(r, id)), {})] * 2,
-                *[("claim_step", (id, key, r.choice(WORKERS), lease()), {})] * 6,
+                *[("claim_step", (id, key, r.choice(WORKERS), lease()), dict(token=r.choice((None, "t1", "t2"))))] * 6,
                 ("renew_steps", ([(id, k, attempt(id, k)) for k in KEYS] + [(id, "no", 1)], lease()), {}),
                 *[
                     (

@@ -18,7 +18,7 @@ from farm import Farm, wait_for
 from myspinbot.artifacts import LocalStore
 from myspinbot.catalogue import control_step
 from myspinbot.conductor import Conductor
-from myspinbot.core import Conflict
+from myspinbot.core import Conflict, ServiceUnavailable
 from myspinbot.graph import Pipeline
 from myspinbot.journal import Journal
 from myspinbot.schema import JOB_END, STEP_END, Graph, Job, Node, StepMessage, StepRow
@@ -289,6 +289,41 @@ def test_cancel_between_claim_and_first_cell(farm):
     slow = Slow(f.cfg.postgres_url)
     with inside(f, journal=slow) as worker: cancelled_at(f, held, worker, one_step(f, "a"))
     slow.close()
+
+
+def test_claim_is_kept_when_its_answer_is_lost_and_the_server_goes_away(farm):
+    f = farm(TOYS, lease_s=2.0)
+    f.cfg = f.cfg.model_copy(update=dict(slots=1))  # a worker with a free slot looks at its own entries, too
+    journal, until = Journal(f.cfg.postgres_url), 0.0
+    run, claim = journal.connections.run, journal.claim_step
+
+    def reached(fn: Callable, reply_s: float | None = None) -> Any:
+        if time.monotonic() < until: raise ServiceUnavailable("PostgreSQL is away.")
+        return run(fn, reply_s)
+
+    def cut_off(*args: Any, **kw: Any) -> StepRow | None:
+        nonlocal until
+        row = claim(*args, **kw)
+        if until: return row
+        until = time.monotonic() + 1.55 * f.cfg.lease_s
+        raise ServiceUnavailable("The connection broke before the answer came.")
+    journal.connections.run, journal.claim_step = reached, cut_off
+    c = f.client
+    with inside(f, journal=journal) as worker:
+        job = c.submit(one_step(f, "a")).id
+        wait_for("the claim", lambda: until)
+        second, stop = Worker(journal, c.bridge, c.events, c.store, c.catalogue, "second", f.cfg, drain_s=1.0), threading.Event()
+        taken, start = [], second.start
+        second.start = lambda slots, entry: (taken.append(entry), start(slots, entry))
+        thread = threading.Thread(target=second.run, args=(stop,))
+        thread.start()
+        assert f.done(job, 60).status == "succeeded"
+        wait_for("the slot is free", lambda: not worker.entries, 5)
+        stop.set()
+        thread.join(60)
+    [step] = f.client.steps(job)
+    assert (step.attempt, step.lost, step.worker) == (1, 0, "inner") and not taken
+    journal.close()
 
 
 PONDERING = Held()

@@ -17,7 +17,7 @@ def test_two_thousand_schedules_keep_the_promise():
         sim = Sim(seed).run()
         assert not sim.violations, f"python tests/faults/simulate.py --replay {seed}\n" + "\n".join(sim.violations)
         total += summary(sim)
-    for what in ("calm", "crashes", "stop", "freeze", "lost replies", "flush", "restore", "regroup", "lose", "duplicate",
+    for what in ("calm", "unanswered", "crashes", "stop", "freeze", "lost replies", "flush", "restore", "regroup", "lose", "duplicate",
                  "takeovers", "jump"):
         assert total[what] > 50, f"{what} hardly happened: {total}"
 
@@ -49,6 +49,8 @@ ANY_ATTEMPT = 's["attempt"] == attempt and ', ""
 MUTATIONS = {
     "the end of an attempt is not fenced": (MemoryJournal, "mine", *ANY_ATTEMPT),
     "a claim ignores leases": (MemoryJournal, "claim_step", 's["lease_until"] < now', "True"),
+    "a worker does not know its own claim again": (Worker, "handle", ', token=new_id("claim")', ""),
+    "a conductor does not know its own lease again": (Conductor, "take_jobs", ", token=token", ""),
     "a silent worker's step is not queued again": (
         MemoryJournal,
         "requeue_expired",

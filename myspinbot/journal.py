@@ -165,7 +165,8 @@ def release_job(self: Journal, job: str, epoch: int) -> bool:
 @patch
 def orphan_jobs(self: Journal, limit: int = 1000) -> list[str]:
     "Ids of jobs that are not ended and have no live conductor."
-    rows = self.rows(f"SELECT id FROM job WHERE status IN {JOB_LIVE} AND {FREE} ORDER BY priority, created_at, id LIMIT %(limit)s", limit=limit)
+    rows = self.rows(f"""SELECT id FROM job WHERE status IN {JOB_LIVE} AND {FREE}
+        ORDER BY priority, created_at, id LIMIT %(limit)s""", limit=limit)
     return [r["id"] for r in rows]
 
 @patch

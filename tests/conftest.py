@@ -4,11 +4,13 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -104,3 +106,24 @@ def farm(tmp_path: Path, redis_url: str, postgres_url: str) -> Iterator:
         return made[-1]
     yield make
     for f in made: f.close()
+
+
+@pytest.fixture
+def api(tmp_path: Path, redis_url: str, postgres_url: str) -> Iterator[SimpleNamespace]:
+    "The app of a farm's client on toy pipelines, on a port of its own."
+    import httpx
+    import uvicorn
+    from farm import Farm, wait_for
+
+    from myspinbot.api import create_app
+    f = Farm(tmp_path / "home", redis_url, postgres_url, Path(__file__).parent / "pipelines")
+    server = uvicorn.Server(uvicorn.Config(create_app(f.client), host="127.0.0.1", port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_for("the server listens", lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
+        yield SimpleNamespace(http=http, ws=f"ws://127.0.0.1:{port}", farm=f)
+    server.should_exit = True
+    thread.join(10)
+    f.close()

@@ -145,6 +145,11 @@ def test_url_gives_the_content_to_a_browser(store):
     with urllib.request.urlopen(store.url(a)) as r:
         assert r.read() == PNG
         if isinstance(store, S3Store): assert r.headers["Content-Type"] == "image/png"
+    if not isinstance(store, S3Store): return
+    for kind, shown in (("image/png", True), ("image/svg+xml", False), ("image/SVG+xml", False), ("text/html", False)):
+        a = store.put_bytes(b"<svg/>", media_type=kind, name="x")
+        with urllib.request.urlopen(store.url(a)) as r:
+            assert r.headers["Content-Disposition"].startswith("inline" if shown else "attachment")
 
 
 def test_many_threads_put_the_same_and_fetch(store, tmp_path):

@@ -16,6 +16,7 @@ import httpx
 import ipywidgets as W
 import nbformat
 import pytest
+from browser import BROWSER, FLAGS
 from farm import Farm, wait_for
 from PIL import Image
 
@@ -36,20 +37,6 @@ p = Pipeline("photo", title="Photo")
 p.param("picture", Image, default="")
 p.output(value=p.step("toy.mark").value)
 """
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync")
-
-
-def find_browser() -> str | None:
-    "A browser on PATH, if playwright's driver can run here; its wheel wants libatomic1 of the system."
-    from playwright._impl._driver import compute_driver_executable
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next((b for n in names if (b := shutil.which(n))), None)
-    driver = subprocess.run([compute_driver_executable()[0], "--version"], capture_output=True, check=False)
-    return found if driver.returncode == 0 else None
-
-
-BROWSER = find_browser()
 
 
 def chosen(name: str, content: bytes) -> tuple[dict[str, Any], ...]:

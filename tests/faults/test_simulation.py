@@ -17,8 +17,8 @@ def test_two_thousand_schedules_keep_the_promise():
         sim = Sim(seed).run()
         assert not sim.violations, f"python tests/faults/simulate.py --replay {seed}\n" + "\n".join(sim.violations)
         total += summary(sim)
-    for what in ("calm", "unanswered", "crashes", "stop", "freeze", "lost replies", "flush", "restore", "regroup", "lose", "duplicate",
-                 "takeovers", "jump"):
+    for what in ("calm", "unanswered", "crashes", "stop", "freeze", "lost replies", "flush", "restore", "regroup", "lose",
+                 "duplicate", "takeovers", "jump"):
         assert total[what] > 50, f"{what} hardly happened: {total}"
 
 

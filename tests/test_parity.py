@@ -21,6 +21,7 @@ import psutil
 import pytest
 from jupyter_client.kernelspec import NoSuchKernel
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from outputs import joined
 from papermill.exceptions import PapermillExecutionError
 
 from myspinbot.engine import run_notebook
@@ -91,16 +92,6 @@ def masked(text: str, r: Run) -> str:
     for what, word in ((re.escape(str(r.out.parent)), "OUT"), (r"[0-9a-f]{32}", "ID"), (r"ipykernel_\d+/\d+", "FILE"),
                        (r"0x[0-9a-f]{6,}", "ADDRESS"), (r"\x1b\[[0-9;]*m", "")): text = re.sub(what, word, text)
     return text
-
-
-def joined(outputs: list[dict]) -> list[dict]:
-    "Streams in one piece: where they are cut is chance."
-    found: list[dict] = []
-    for o in outputs:
-        last = found[-1] if found else {}
-        if o["output_type"] == last.get("output_type") == "stream" and o["name"] == last["name"]: last["text"] += o["text"]
-        else: found.append(dict(o))
-    return found
 
 
 def document(r: Run) -> dict[str, Any]:

@@ -385,8 +385,8 @@ def refresh(self: Studio) -> None:
     except SpinError as e:
         self.seen, self.list.children = None, [W.HTML(error_html(e))]
         return
-    view = self.view
-    if view and view.followed and any(j.id == view.id and j.status != view.job.status for j in found): view.restart()
+    view, shown = self.view, self.view.job if self.view else None  # none as long as it has not been painted
+    if shown and view.followed and any(j.id == shown.id and j.status != shown.status for j in found): view.restart()
     labels = tuple((j.id, job_label(j), bool(self.view and self.view.id == j.id)) for j in found)
     if labels == self.seen: return
     self.seen, rows = labels, []

@@ -109,6 +109,28 @@ def test_cancel_and_retry_from_the_view(site: Farm, tmp_path: Path) -> None:
     wait_for("the result", lambda: view.results.children, 60)
 
 
+def test_list_is_read_before_the_opened_job_has_been_painted(farm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    f, go, paint = farm(TOYS), threading.Event(), JobView.paint
+    job = f.client.cancel(f.client.submit("branches", {}).id)
+
+    def late(self: JobView) -> None:
+        go.wait(60)
+        paint(self)
+    monkeypatch.setattr(JobView, "paint", late)
+    studio = Studio(f.client, every_s=0.02)
+    try:
+        wait_for("the last event", lambda: studio.view.followed)
+        assert studio.view.job is None
+        studio.refresh()
+        assert [b.tooltip for b in studio.list.children] == [job.id]
+        go.set()
+        wait_for("the job", lambda: studio.view.job and studio.view.job.status == "cancelled")
+    finally:
+        go.set()
+        studio.stop.set()
+        studio.view.close()
+
+
 def test_failure_is_shown_with_its_hint_and_numbers(farm: Any) -> None:
     f = farm(TOYS)
     job = f.client.submit("branches", {})

@@ -99,6 +99,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'myspinbot.artifacts.Store.put_file': ('artifacts.html#store.put_file', 'myspinbot/artifacts.py'),
                                      'myspinbot.artifacts.Store.sweep': ('artifacts.html#store.sweep', 'myspinbot/artifacts.py'),
                                      'myspinbot.artifacts.Store.url': ('artifacts.html#store.url', 'myspinbot/artifacts.py'),
+                                     'myspinbot.artifacts._mpeg_frame': ('artifacts.html#_mpeg_frame', 'myspinbot/artifacts.py'),
                                      'myspinbot.artifacts.check_sha': ('artifacts.html#check_sha', 'myspinbot/artifacts.py'),
                                      'myspinbot.artifacts.copy_hashed': ('artifacts.html#copy_hashed', 'myspinbot/artifacts.py'),
                                      'myspinbot.artifacts.disk_error': ('artifacts.html#disk_error', 'myspinbot/artifacts.py'),

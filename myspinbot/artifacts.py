@@ -26,7 +26,7 @@ MAGIC: tuple[tuple[int, bytes, str], ...] = (  # offset, bytes, media type
     (8, b"WEBP", "image/webp"), (0, b"BM", "image/bmp"), (0, b"II*\0", "image/tiff"), (0, b"MM\0*", "image/tiff"),
     (4, b"ftypavif", "image/avif"), (4, b"ftypheic", "image/heic"),
     (8, b"WAVE", "audio/wav"), (0, b"fLaC", "audio/flac"), (0, b"OggS", "audio/ogg"),
-    (0, b"ID3", "audio/mpeg"), (0, b"\xff\xfb", "audio/mpeg"), (0, b"\xff\xf3", "audio/mpeg"), (0, b"\xff\xf2", "audio/mpeg"),
+    (0, b"ID3", "audio/mpeg"),
     (4, b"ftypM4A", "audio/mp4"), (4, b"ftypqt", "video/quicktime"), (4, b"ftyp", "video/mp4"),
     (0, b"\x1aE\xdf\xa3", "video/webm"),
     (0, b"%PDF-", "application/pdf"), (0, b"PK\x03\x04", "application/zip"), (0, b"\x1f\x8b", "application/gzip"))
@@ -36,6 +36,11 @@ BY_NAME = {".json": "application/json", ".ipynb": "application/x-ipynb+json", ".
 SHOWN = frozenset(("image/png", "image/jpeg", "image/gif", "image/webp", "image/avif", "video/mp4", "video/webm", "audio/wav",
                    "audio/mpeg", "audio/mp4", "audio/ogg"))  # what a browser may show in place: nothing that can hold a script
 
+def _mpeg_frame(head: bytes) -> bool:
+    "Does MP3 sound without a tag begin here? Its first two bytes alone also begin the file of a model now and then."
+    if len(head) < 3 or head[:2] not in (b"\xff\xfb", b"\xff\xf3", b"\xff\xf2"): return False
+    return head[2] >> 4 not in (0, 15) and head[2] >> 2 & 3 < 3  # a bit rate and a sample rate that exist
+
 def media_type_of(
     head: bytes,     # the first bytes, 16 or more
     name: str = "",  # file name
@@ -43,6 +48,7 @@ def media_type_of(
     "Media type by content, else by name."
     by_name = BY_NAME.get(Path(name).suffix.lower()) or mimetypes.guess_type(name)[0]
     found = next((t for at, magic, t in MAGIC if head[at:at + len(magic)] == magic), None)
+    if _mpeg_frame(head): found = "audio/mpeg"
     if found == "application/zip" and by_name and by_name.startswith("application/"):
         return by_name  # docx, npz and others are zips
     if found == "video/webm" and by_name == "video/x-matroska": return by_name  # one container, two names

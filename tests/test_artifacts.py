@@ -322,6 +322,9 @@ def test_store_urls_are_checked(tmp_path):
     (b"\xff\xd8\xff\xe0", "x.png", "image/jpeg"), (b"RIFF....WEBPVP8 ", "x", "image/webp"),
     (b"\0\0\0\x20ftypM4A ", "x.mp4", "audio/mp4"), (b"hello", "x.txt", "text/plain"), (b"hello", "x.jpg", "image/jpeg"),
     (b"", "x", "application/octet-stream"), (b"PK\x03\x04", "x.npz", "application/zip"),
-    (b"\x1aE\xdf\xa3", "x.mkv", "video/x-matroska"), (b"{}", "n.ipynb", "application/x-ipynb+json")])
+    (b"\x1aE\xdf\xa3", "x.mkv", "video/x-matroska"), (b"{}", "n.ipynb", "application/x-ipynb+json"),
+    (b"\xff\xfb\x90\x64" + bytes(12), "x", "audio/mpeg"),
+    (b"\xff\xfb\0\0\0\0\0\0{\"a\":", "m.safetensors", "application/octet-stream"),
+    (b"\xff\xfb", "x", "application/octet-stream")])
 def test_media_type_by_content_then_name(head, name, expected):
     assert media_type_of(head, name) == expected

@@ -453,6 +453,9 @@ def open_store(
     if u.scheme != "s3":
         raise ConfigError(f"Unknown store URL scheme {u.scheme!r}.",
                           "Use file:///folder or s3://key:secret@host:port/bucket.")
+    if "@" in f"{u.path}{u.query}{u.fragment}":
+        raise ConfigError("The key or the secret in the store URL holds a character that ends it too early.",
+                          "Write / as %2F, ? as %3F, # as %23 and @ as %40 in both.")
     bucket, _, prefix = u.path.strip("/").partition("/")
     if not (u.hostname and bucket):
         raise ConfigError(f"Store URL s3://{u.hostname or ''}{u.path} lacks a host or a bucket.",

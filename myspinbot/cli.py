@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'out', 'err', 'COLORS', 'Json', 'JobId', 'main', 'print_error', 'show_json', 'status_text', 'table',
-           'parse_params', 'client', 'full_id', 'job_json', 'step_json', 'log_to_stderr', 'stop_on_signal', 'control',
-           'worker', 'dashboards', 'dashboards_dir', 'lab', 'up', 'down', 'health_text', 'status', 'checks', 'doctor',
-           'watch_job', 'report', 'submit', 'csv_rows', 'read_table', 'batch', 'jobs', 'show', 'why', 'logs', 'act',
-           'cancel', 'retry', 'rerun', 'approve', 'pipelines', 'steps', 'demo']
+           'parse_params', 'client', 'full_id', 'job_json', 'step_json', 'hide_secrets', 'log_to_stderr',
+           'stop_on_signal', 'control', 'worker', 'dashboards', 'dashboards_dir', 'lab', 'up', 'down', 'health_text',
+           'status', 'checks', 'doctor', 'watch_job', 'report', 'submit', 'csv_rows', 'read_table', 'batch', 'jobs',
+           'show', 'why', 'logs', 'act', 'cancel', 'retry', 'rerun', 'approve', 'pipelines', 'steps', 'demo']
 
 # %% ../nbs/60_cli.ipynb #ac004afb
 import csv, io, json, logging, os, re, shutil, signal, sys, threading, time
@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .core import InputError, NotFound, SpinError, error_from_dict, settings
+from .core import InputError, NotFound, SpinError, error_from_dict, masked, settings
 from .keys import work_stream
 from .schema import JobStatus, show_value
 
@@ -85,13 +85,17 @@ def job_json(j: Any) -> dict[str, Any]:
 
 def step_json(s: Any) -> dict[str, Any]: return s.model_dump(mode="json") | dict(seconds=s.seconds)
 
+def hide_secrets(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+    "A structlog processor: no password, token or key in a log line."
+    return {k: v if isinstance(v, int | float | None) else masked(str(v)) for k, v in event.items()}
+
 def log_to_stderr() -> None:
     "Structured log lines for long-running processes."
     level = getattr(logging, settings().log_level.upper())
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         processors=[structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
+            structlog.processors.format_exc_info, hide_secrets,
                     structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())])
 
 def stop_on_signal() -> threading.Event:
@@ -273,7 +277,8 @@ def checks() -> Iterator[tuple[str, bool, str, str]]:
     except SpinError as e: there, found, mend, broken = False, e.message, e.hint, {}
     yield "catalogue", there, found, mend
     for name, e in broken.items(): yield Path(name).name, False, e.message, e.hint
-    yield "language model", True, settings().llm_base_url or "not set: give a text, not a topic (SPIN_LLM_BASE_URL)", ""
+    model = masked(settings().llm_base_url.get_secret_value())
+    yield "language model", True, model or "not set: give a text, not a topic (SPIN_LLM_BASE_URL)", ""
 
 @app.command(rich_help_panel="Services")
 def doctor(as_json: Json = False) -> None:

@@ -37,7 +37,7 @@ def service_settings(
             raise ServiceUnavailable(f"No services are running in {cfg.home}.",
                                      "Start them with `myspinbot up`, or set SPIN_REDIS_URL and SPIN_POSTGRES_URL.")
         found = dict(redis_url=cfg.redis_url or urls.redis_url, postgres_url=cfg.postgres_url or urls.postgres_url)
-    return cfg.model_copy(update=found | dict(store_url=cfg.store_url or cfg.store_dir.as_uri()))
+    return cfg.changed(**found, store_url=cfg.store_url or cfg.store_dir.as_uri())
 
 class Client:
     "Talks to the journal, the store and Redis; safe to share between threads."
@@ -51,10 +51,11 @@ class Client:
         from myspinbot.journal import Journal
         self.cfg = service_settings(cfg)
         self.catalogue = steps or catalogue()
-        self.journal = Journal(self.cfg.postgres_url)
+        self.journal = Journal(self.cfg.postgres_url.get_secret_value())
         self.journal.migrate()
-        self.bridge, self.events = Bridge(self.cfg.redis_url), Events(self.cfg.redis_url)
-        self.store = open_store(self.cfg.store_url, self.cfg.home / "fetched")
+        redis_url = self.cfg.redis_url.get_secret_value()
+        self.bridge, self.events = Bridge(redis_url), Events(redis_url)
+        self.store = open_store(self.cfg.store_url.get_secret_value(), self.cfg.home / "fetched")
 
     def close(self) -> None:
         "Give back every connection."

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from .core import KernelDied, NotFound, ResourceLimit, ServiceUnavailable
 from .inside import BROKEN
-from .launch import Parent, kill_group, mtime_ns
+from .launch import Parent, environment, kill_group, mtime_ns
 
 
 # %% ../nbs/21_kernels.ipynb #70513486
@@ -152,7 +152,8 @@ def _command(self: Kernel) -> tuple[list[str], dict[str, str]]:
     places = dict(connection_file=str(connection), resource_dir=spec.resource_dir)
     argv = [re.sub(r"\{(\w+)\}", lambda m: places.get(m[1], m[0]), o) for o in spec.argv]
     if re.fullmatch(r"python(3(\.\d+)?)?", argv[0]): argv[0] = sys.executable
-    return argv, os.environ | {k: Template(v).safe_substitute(os.environ) for k, v in spec.env.items()}
+    inherited = environment()
+    return argv, inherited | {k: Template(v).safe_substitute(inherited) for k, v in spec.env.items()}
 
 # %% ../nbs/21_kernels.ipynb #ba865de0
 @patch

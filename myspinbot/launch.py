@@ -16,7 +16,7 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from .core import ServiceUnavailable
+from .core import ServiceUnavailable, secret_variable
 from .inside import _baseline, build, connect, farewell, preload
 
 # %% ../nbs/21_launch.ipynb #967f824c
@@ -346,7 +346,7 @@ class Launcher:
         argv = [sys.executable, "-c", code, str(theirs.fileno()), str(self.folder), str(_package().parent)]
         with open(self.folder / "launcher.log", "ab") as log:
             self._process = subprocess.Popen(argv, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=log,
-                                             stderr=log, start_new_session=True)
+                                             stderr=log, start_new_session=True, env=self.env)
         theirs.close()
 
     @property
@@ -439,5 +439,5 @@ def mtime_ns(path: str | Path) -> int:
     except FileNotFoundError: return 0
 
 def environment() -> dict[str, str]:
-    "The variables that kernels inherit."
-    return {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    "The variables that kernels inherit: no address of a server, no token, no key."
+    return {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST" and not secret_variable(k)}

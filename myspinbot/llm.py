@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from .catalogue import ControlContext, control_step
-from .core import ConfigError, InputError, ServiceUnavailable, Settings, SpinError, StepFailed
+from .core import ConfigError, InputError, ServiceUnavailable, Settings, SpinError, StepFailed, masked
 from .core import settings as process_settings
 from .schema import Wire
 from .text import clean_text
@@ -77,32 +77,29 @@ def _endpoint(cfg: Settings, path: str) -> str:
     "Full address; raises `ConfigError` for a base that is none."
     from httpx import URL, InvalidURL
     set_it = "Set SPIN_LLM_BASE_URL to an OpenAI-compatible endpoint, such as Ollama's http://127.0.0.1:11434/v1"
-    if not cfg.llm_base_url.strip(): raise ConfigError("No language model is configured.", f"{set_it}.")
-    bad = f"SPIN_LLM_BASE_URL={_shown(cfg.llm_base_url)!r} is no http address"
-    try: url = URL(cfg.llm_base_url.strip().rstrip("/") + path)
+    base = cfg.llm_base_url.get_secret_value().strip()
+    if not base: raise ConfigError("No language model is configured.", f"{set_it}.")
+    bad = f"SPIN_LLM_BASE_URL={masked(base)!r} is not an http address"
+    try: url = URL(base.rstrip("/") + path)
     except (InvalidURL, ValueError) as e: raise ConfigError(f"{bad}: {e}.", f"{set_it}.") from e
     if url.scheme not in ("http", "https") or not url.host: raise ConfigError(f"{bad}.", f"{set_it}.")
     return str(url)
-
-def _shown(url: str) -> str:
-    "An address without a password."
-    return re.sub(r"//[^/@]*@", "//", url)
 
 async def _call(cfg: Settings, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
     "Status and JSON (or text) of one call; raises `ServiceUnavailable` when no answer comes in time."
     import httpx
     url = _endpoint(cfg, path)
-    headers = {"Authorization": f"Bearer {cfg.llm_api_key}"} if cfg.llm_api_key else {}
+    headers = {"Authorization": f"Bearer {key}"} if (key := cfg.llm_api_key.get_secret_value()) else {}
     near = httpx.URL(url).host in ("localhost", "127.0.0.1", "::1")  # a proxy could not reach this machine's own server
     try:
         async with asyncio.timeout(cfg.llm_timeout_s), httpx.AsyncClient(timeout=None, trust_env=not near) as http:
             r = await http.request(method, url, json=body, headers=headers)
     except TimeoutError as e:
-        raise ServiceUnavailable(f"The language model at {_shown(url)} gave no answer within {cfg.llm_timeout_s:g} s.",
-                                 "Raise SPIN_LLM_TIMEOUT_S or use a smaller model.", url=_shown(url)) from e
+        raise ServiceUnavailable(f"The language model at {masked(url)} gave no answer within {cfg.llm_timeout_s:g} s.",
+                                 "Raise SPIN_LLM_TIMEOUT_S or use a smaller model.", url=masked(url)) from e
     except httpx.TransportError as e:
-        raise ServiceUnavailable(f"The language model at {_shown(url)} cannot be reached: {e or type(e).__name__}.",
-                                 "Start it, or correct SPIN_LLM_BASE_URL.", url=_shown(url)) from e
+        raise ServiceUnavailable(f"The language model at {masked(url)} cannot be reached: {e or type(e).__name__}.",
+                                 "Start it, or correct SPIN_LLM_BASE_URL.", url=masked(url)) from e
     try: return r.status_code, r.json()
     except ValueError: return r.status_code, r.text
 
@@ -114,7 +111,7 @@ def _said(body: Any) -> str:
 
 def _refusal(cfg: Settings, model: str, url: str, status: int, body: Any) -> SpinError:
     "The error that an HTTP status stands for."
-    said, at = _said(body), _shown(url)
+    said, at = _said(body), masked(url)
     about = dict(url=at, status=status, model=model)
     if status in (401, 403):
         return ConfigError(f"{at} refuses the key ({status}): {said}.", "Set SPIN_LLM_API_KEY.", **about)
@@ -147,8 +144,8 @@ async def chat(
     if status != 200: raise _refusal(cfg, model, url, status, found)
     try: answer = found["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError) as e:
-        raise ConfigError(f"{_shown(url)} does not answer like an OpenAI-compatible server: {_said(found)[:120]}.",
-                          "Check SPIN_LLM_BASE_URL; it usually ends in /v1.", url=_shown(url)) from e
+        raise ConfigError(f"{masked(url)} does not answer like an OpenAI-compatible server: {_said(found)[:120]}.",
+                          "Check SPIN_LLM_BASE_URL; it usually ends in /v1.", url=masked(url)) from e
     return answer or ""
 
 # %% ../nbs/35_llm.ipynb #d53f4a75
@@ -210,7 +207,7 @@ async def write_script(
     if not topic.strip(): raise InputError("Neither a text nor a topic is given.", "Give `text` or `topic`.")
     if not 3 <= seconds <= 600: raise InputError(f"seconds={seconds} is out of range.", "Choose 3 to 600.")
     if len(topic) > 4000: raise InputError(f"The topic has {len(topic)} characters; at most 4000 are read.", "Shorten.")
-    if not ctx.settings.llm_base_url.strip():
+    if not ctx.settings.llm_base_url.get_secret_value().strip():
         raise ConfigError("A topic needs a language model, and none is configured.",
                           "Set SPIN_LLM_BASE_URL=http://127.0.0.1:11434/v1 (Ollama) or another OpenAI-compatible endpoint, "
                           "or give `text`.")

@@ -35,7 +35,7 @@ class Farm:
             store_url=store_url or (home / "store").as_uri(), pipelines_dir=str(pipelines),
                             lease_s=lease_s, scan_s=0.5, control_port=0)
         self.env = os.environ | dict(SPIN_HOME=str(home), SPIN_REDIS_URL=redis_url, SPIN_POSTGRES_URL=postgres_url,
-            SPIN_STORE_URL=self.cfg.store_url,
+            SPIN_STORE_URL=self.cfg.store_url.get_secret_value(),
                                      SPIN_PIPELINES_DIR=str(pipelines), SPIN_LEASE_S=str(lease_s), SPIN_SCAN_S="0.5",
                                      SPIN_CONTROL_PORT="0",
                                      SPIN_WITNESS=str(self.witness))

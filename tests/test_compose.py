@@ -35,7 +35,7 @@ def test_every_setting_is_one_that_the_program_reads(name: str, monkeypatch: pyt
     assert unknown == set()
     for k, v in given.items(): monkeypatch.setenv(k, v)
     cfg = Settings(_env_file=None)
-    assert cfg.redis_url == "redis://:x7@redis:6379/0" and cfg.store_url.startswith("s3://x7:x7@minio:9000/spin?")
+    assert cfg.redis_url.get_secret_value() == "redis://:x7@redis:6379/0" and cfg.store_url.get_secret_value().startswith("s3://x7:x7@minio:9000/spin?")
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -115,14 +115,14 @@ def test_real_llama_cpp_server_writes_json_of_the_asked_form(llama):
 def test_real_server_lists_its_model_and_refuses_a_wrong_key(llama):
     assert asyncio.run(list_models(llama)) == [llama.llm_model]
     assert asyncio.run(health(llama)) == dict(ok=True, message="", models=[llama.llm_model])
-    wrong = llama.model_copy(update=dict(llm_api_key="wrong-key"))
+    wrong = llama.changed(llm_api_key="wrong-key")
     with pytest.raises(ConfigError, match="SPIN_LLM_API_KEY") as e: ask(wrong)
     assert "wrong-key" not in str(e.value) + json.dumps(e.value.to_dict())
 
 
 def test_strict_schema_is_asked_for_with_model_key_and_length():
     with endpoint(answer(json.dumps(GOOD))) as (cfg, asked):
-        assert ask(cfg.model_copy(update=dict(llm_api_key="k"))).to_json() == GOOD
+        assert ask(cfg.changed(llm_api_key="k")).to_json() == GOOD
     (path, headers, body), = asked
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer k" and body["model"] == "tiny"
     form = body["response_format"]
@@ -180,7 +180,7 @@ def test_silent_server_is_left_after_the_limit():
 def test_nobody_listening_is_retryable_and_names_the_address():
     with endpoint(answer("{}")) as (cfg, _): gone = cfg
     with pytest.raises(ServiceUnavailable, match="cannot be reached") as e: ask(gone)
-    assert e.value.retryable and gone.llm_base_url.rstrip("/") in str(e.value)
+    assert e.value.retryable and gone.llm_base_url.get_secret_value().rstrip("/") in str(e.value)
     assert not asyncio.run(health(gone))["ok"]
 
 

@@ -55,7 +55,7 @@ def worker(out: str) -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     with Client() as c:
-        Worker(Timed(c.cfg.postgres_url), c.bridge, c.events, c.store, c.catalogue, "bench:0", c.cfg).run(stop)
+        Worker(Timed(c.cfg.postgres_url.get_secret_value()), c.bridge, c.events, c.store, c.catalogue, "bench:0", c.cfg).run(stop)
 
 
 @contextmanager

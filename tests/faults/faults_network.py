@@ -57,7 +57,7 @@ class Network:
     def client(self) -> Client:
         "A client behind the proxies."
         cfg = {k.removeprefix("SPIN_").lower(): v for k, v in self.env.items()}
-        c = Client(self.w.farm.cfg.model_copy(update=cfg), self.w.client.catalogue)
+        c = Client(self.w.farm.cfg.changed(**cfg), self.w.client.catalogue)
         self.w.ends.append(c.close)
         return c
 

@@ -148,7 +148,7 @@ def failed_over(w: World, rng: random.Random) -> None:
     w.ends += [link.close, address.close]
     url = f"redis://127.0.0.1:{address.port}/0"
     w.farm.env["SPIN_REDIS_URL"] = url
-    client = Client(w.farm.cfg.model_copy(update=dict(redis_url=url)), w.client.catalogue)
+    client = Client(w.farm.cfg.changed(redis_url=url), w.client.catalogue)
     w.ends.append(client.close)
     w.client = client
     sock = replica_of(w, link)
@@ -171,7 +171,7 @@ def postgres(w: World) -> list[psutil.Process]:
 
 
 def admin(w: World) -> psycopg.Connection:
-    return psycopg.connect(w.farm.cfg.postgres_url, autocommit=True, application_name="nemesis")
+    return psycopg.connect(w.farm.cfg.postgres_url.get_secret_value(), autocommit=True, application_name="nemesis")
 
 
 OURS = "SELECT pid FROM pg_stat_activity WHERE application_name = 'myspinbot' AND pid <> pg_backend_pid()"

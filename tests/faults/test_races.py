@@ -273,7 +273,7 @@ def test_cancel_while_a_worker_commits(farm):
         def commit_step(self, *args: Any, **kw: Any) -> bool:
             held.stop()
             return super().commit_step(*args, **kw)
-    slow = Slow(f.cfg.postgres_url)
+    slow = Slow(f.cfg.postgres_url.get_secret_value())
     with inside(f, journal=slow) as worker: cancelled_at(f, held, worker, one_step(f, "a"))
     slow.close()
 
@@ -286,7 +286,7 @@ def test_cancel_between_claim_and_first_cell(farm):
             row = super().claim_step(*args, **kw)
             held.stop()
             return row
-    slow = Slow(f.cfg.postgres_url)
+    slow = Slow(f.cfg.postgres_url.get_secret_value())
     with inside(f, journal=slow) as worker: cancelled_at(f, held, worker, one_step(f, "a"))
     slow.close()
 
@@ -294,7 +294,7 @@ def test_cancel_between_claim_and_first_cell(farm):
 def test_claim_is_kept_when_its_answer_is_lost_and_the_server_goes_away(farm):
     f = farm(TOYS, lease_s=2.0)
     f.cfg = f.cfg.model_copy(update=dict(slots=1))  # a worker with a free slot looks at its own entries, too
-    journal, until = Journal(f.cfg.postgres_url), 0.0
+    journal, until = Journal(f.cfg.postgres_url.get_secret_value()), 0.0
     run, claim = journal.connections.run, journal.claim_step
 
     def reached(fn: Callable, reply_s: float | None = None) -> Any:

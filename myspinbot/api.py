@@ -25,6 +25,7 @@ from . import __version__
 from .artifacts import SHOWN, LocalStore, check_sha, media_type_of, safe_name
 from .check import explain, file_values, resolve_params
 from .client import Client
+from .doors import Door, DoorKeeper
 from .core import InputError, NotFound, SpinError
 from .schema import MAX_BYTES, Artifact, Graph, Job, JobStatus, Priority, StepRow, check_json, dump_value, revive, show_value
 
@@ -332,14 +333,16 @@ class BodyLimit:
 # %% ../nbs/45_api.ipynb #dc8a40ef
 def create_app(
     client: Client,
+    door: Door | None = None,  # default: what the client's settings ask for
 ) -> FastAPI:
-    "The HTTP API on a client; the caller closes the client."
+    "The HTTP API on a client, behind a door; the caller closes the client."
     from prometheus_client import CollectorRegistry
     app = FastAPI(title="MySpinBot", version=__version__, description="Jobs of a workbench for AI media pipelines.")
     app.state.client, app.state.registry = client, CollectorRegistry()
     app.state.registry.register(Gauges(client))
     for router in (jobs, files, about): app.include_router(router)
     app.add_middleware(BodyLimit)
+    app.add_middleware(DoorKeeper, door=door or Door.of(client.cfg, client.cfg.control_host))  # added last: stands first
 
     @app.exception_handler(SpinError)
     async def _spin(_: Request, e: SpinError) -> JSONResponse: return error_response(e)

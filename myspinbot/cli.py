@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'out', 'err', 'COLORS', 'Json', 'JobId', 'main', 'print_error', 'show_json', 'status_text', 'table',
            'parse_params', 'client', 'full_id', 'job_json', 'step_json', 'hide_secrets', 'log_to_stderr',
-           'stop_on_signal', 'control', 'worker', 'dashboards', 'dashboards_dir', 'lab', 'up', 'down', 'health_text',
-           'status', 'checks', 'doctor', 'watch_job', 'report', 'submit', 'csv_rows', 'read_table', 'batch', 'jobs',
-           'show', 'why', 'logs', 'act', 'cancel', 'retry', 'rerun', 'approve', 'pipelines', 'steps', 'demo']
+           'stop_on_signal', 'control', 'worker', 'dashboards', 'dashboards_dir', 'lab', 'door_token', 'show_addresses',
+           'token', 'up', 'down', 'health_text', 'status', 'checks', 'doctor', 'watch_job', 'report', 'submit',
+           'csv_rows', 'read_table', 'batch', 'jobs', 'show', 'why', 'logs', 'act', 'cancel', 'retry', 'rerun',
+           'approve', 'pipelines', 'steps', 'demo']
 
 # %% ../nbs/60_cli.ipynb #ac004afb
 import csv, io, json, logging, os, re, shutil, signal, sys, threading, time
@@ -36,7 +37,8 @@ JobId = Annotated[str, typer.Argument(help="Job id; a unique beginning is enough
 
 # %% ../nbs/60_cli.ipynb #0f068bdd
 def main() -> None:
-    "Entry point: a `SpinError` is a message, not a traceback."
+    "Entry point: a `SpinError` is a message, not a traceback; what is written is for this user alone."
+    os.umask(0o077)
     if "SPIN_SUPERVISOR" in os.environ:
         from myspinbot.services import end_with_supervisor
         end_with_supervisor()
@@ -157,10 +159,8 @@ def dashboards(port: int = 8866, host: str = "127.0.0.1") -> None:
     "Serve the studio with Voila."
     folder = dashboards_dir()
     os.environ["JUPYTER_PATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("JUPYTER_PATH")])])
-    os.execv(sys.executable, [sys.executable, "-m", "voila", str(folder / "studio.ipynb"), "--template=spin", "--theme=light",
-        f"--port={port}", f"--Voila.ip={host}", "--no-browser", "--VoilaConfiguration.show_tracebacks=True",
-        "--Voila.tornado_settings={'websocket_max_message_size': 268435456}",  # a photo is larger than the usual 10 MB
-        "--MappingKernelManager.cull_idle_timeout=600", "--MappingKernelManager.cull_interval=60"])
+    from myspinbot.studio_server import serve  # it reads JUPYTER_PATH when it is imported
+    serve(folder, settings(), host, port)
 
 def dashboards_dir() -> Path:
     "Where the dashboards are: beside the pipelines, else those of this installation; raises `NotFound`."
@@ -173,12 +173,34 @@ def dashboards_dir() -> Path:
 
 @app.command(rich_help_panel="Processes")
 def lab(port: int = 8888) -> None:
-    "Open JupyterLab on the pipelines."
+    "Open JupyterLab on the pipelines; its token is the one of `myspinbot token`."
     from myspinbot.catalogue import catalogue
+    from myspinbot.doors import ensure_token
+    os.environ["JUPYTER_TOKEN"] = ensure_token(settings())
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", f"--port={port}",
         f"--ServerApp.root_dir={Path(catalogue().dir).parent}", *(["--allow-root"] if os.geteuid() == 0 else [])])
 
 # %% ../nbs/60_cli.ipynb #ef819cab
+def door_token() -> str | None:
+    "The token of API and studio; none where none is needed."
+    from myspinbot.doors import read_token
+    return None if settings().auth == "none" else read_token()
+
+def show_addresses(state: dict[str, Any]) -> None:
+    "What to open in a browser: the token is in the address, and the browser keeps a cookie for it."
+    from myspinbot.doors import with_token
+    for name, address in (("studio", state.get("dashboards")), ("API", state.get("api") and f"{state['api']}/docs")):
+        if address: out.print(f"  {name:<7} {escape(with_token(address))}", soft_wrap=True)
+
+@app.command(rich_help_panel="Services")
+def token(new: Annotated[bool, typer.Option("--new", help="Make a new one; then start MySpinBot again.")] = False) -> None:
+    "Show the token that opens API, studio and JupyterLab."
+    from myspinbot.doors import ensure_token, new_token
+    cfg = settings()
+    if new and (cfg.token.get_secret_value() or cfg.token_file):
+        raise InputError("The token comes from SPIN_TOKEN or SPIN_TOKEN_FILE.", "Change it there.")
+    print(new_token(cfg) if new else ensure_token(cfg))
+
 @app.command(rich_help_panel="Services")
 def up(
     workers: Annotated[int | None, typer.Option(help="Workers to start; default SPIN_WORKERS.")] = None,
@@ -188,17 +210,19 @@ def up(
     "Start servers, conductor, workers and dashboards; Ctrl-C drains and stops them."
     from myspinbot.services import Stack, up_state
     if (state := up_state(settings().home)) is not None:
-        if as_json: return show_json(dict(state, joined=True))
-        return out.print(f"Already up in {settings().home} (pid {state.get('pid')}): studio {state.get('dashboards')}, "
-                         f"API {state.get('api')}. Stop it with [b]myspinbot down[/].")
+        if as_json: return show_json(dict(state, token=door_token(), joined=True))
+        out.print(f"Already up in {settings().home} (pid {state.get('pid')}); [b]myspinbot down[/] stops it.")
+        return show_addresses(state)
     log_to_stderr()
     stop, stack = stop_on_signal(), Stack(workers=workers, dashboards=dashboards)
     try:
         state = stack.start()
         stack.wait_ready()
-        if as_json: show_json(state)
-        else: out.print(f"Up in {settings().home}.\n  studio  {state['dashboards']}\n  API     {state['api']}/docs\n"
-                        f"  logs    {settings().logs_dir}\nCtrl-C stops it.")
+        if as_json: show_json(state | dict(token=door_token()))
+        else:
+            out.print(f"Up in {settings().home}.")
+            show_addresses(state)
+            out.print(f"  logs    {settings().logs_dir}\nCtrl-C stops it.", soft_wrap=True)
         stack.watch(stop)
         err.print("Draining ...")
     finally: stack.stop()

@@ -14,7 +14,7 @@ from typing import Any
 from fastcore.basics import patch
 
 from .catalogue import Catalogue, catalogue
-from .core import InputError, NotFound, ServiceUnavailable, Settings, SpinError, settings
+from .core import InputError, NotFound, ServiceUnavailable, Settings, SpinError, own_folder, settings
 from .check import check_key, read_graph, resolve_params, store_files, validate_graph
 from .graph import Pipeline
 from .plan import downstream
@@ -50,6 +50,7 @@ class Client:
         from myspinbot.events import Events
         from myspinbot.journal import Journal
         self.cfg = service_settings(cfg)
+        own_folder(self.cfg.home)
         self.catalogue = steps or catalogue()
         self.journal = Journal(self.cfg.postgres_url.get_secret_value())
         self.journal.migrate()

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['whole_text', 'each_text', 'mended', 'keep_secret', 'keep_password', 'masked', 'secret_variable', 'SpinError',
            'InputError', 'GraphError', 'ConfigError', 'NotFound', 'StepFailed', 'GateFailed', 'Cancelled',
-           'ResourceLimit', 'FenceLost', 'Conflict', 'ServiceUnavailable', 'KernelDied', 'StepTimeout',
+           'ResourceLimit', 'FenceLost', 'AccessDenied', 'Conflict', 'ServiceUnavailable', 'KernelDied', 'StepTimeout',
            'error_from_dict', 'as_spin_error', 'canonical_json', 'hash_bytes', 'hash_json', 'hash_file', 'new_id',
-           'process_tag', 'orphaned', 'Settings', 'settings']
+           'process_tag', 'orphaned', 'own_folder', 'Settings', 'settings']
 
 # %% ../nbs/00_core.ipynb #999b9cd0
 import hashlib, json, math, os, re, secrets, socket
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import unquote
 
 from platformdirs import user_data_path
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 # %% ../nbs/00_core.ipynb #5b1c7e02
 def whole_text(text: str) -> str:
@@ -56,7 +56,7 @@ def keep_password(url: str) -> None:
     "Never tell the password in this address again, also where the address is mistyped."
     _, there, rest = url.partition("://")
     login, at, place = (rest if there else url).rpartition("@")
-    if at: found = [login.partition(":")[2] or login, *([] if there else [url])]
+    if at: found = [login.partition(":")[2] or login, login.rpartition(":")[2], *([] if there else [url])]
     else: found = [tail] if ":" in place and not (tail := re.split("[/?#]", place.rpartition(":")[2])[0]).isdigit() else []
     for o in found:
         keep_secret(o)
@@ -131,6 +131,7 @@ class GateFailed(SpinError): "A quality gate refused a result; the numbers are i
 class Cancelled(SpinError): "The job was cancelled by a user."
 class ResourceLimit(SpinError): "A notebook used more memory or more processes than it may; smaller settings may do."
 class FenceLost(SpinError): "This attempt has a successor; its writes are refused."
+class AccessDenied(SpinError): "A request that may not come in: no token, a foreign page, an unknown host name."
 class Conflict(SpinError): "The state does not allow this call now, or an idempotency key was used for something else."
 
 # %% ../nbs/00_core.ipynb #48a1d871
@@ -202,6 +203,24 @@ def orphaned(
     except (PermissionError, OverflowError): return False
     return False
 
+# %% ../nbs/00_core.ipynb #9c1e7b02
+def own_folder(
+    path: str | Path,
+) -> Path:  # the same, there and closed
+    "Make a folder that only its owner can read; raises `ConfigError` for one that belongs to others, too."
+    path = Path(path)
+    if path in (Path(path.anchor), Path.home()) or (path.is_dir() and path.stat().st_mode & 0o1000):
+        raise ConfigError(f"{path} cannot be the data folder: it holds other things, too.",
+                          "Set SPIN_HOME to a folder of its own.")
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        seen = path.stat()
+        if seen.st_uid == os.geteuid() and seen.st_mode & 0o066: path.chmod(0o700)  # to pass through is no harm: see `embedded`
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be the data folder: {e.strerror or e}.",
+                          "Set SPIN_HOME to a folder that you can write.") from e
+    return path
+
 # %% ../nbs/00_core.ipynb #e0e98038
 class Settings(BaseSettings):
     "All that can be configured; `SPIN_HOME=/data/spin` sets `home`, and so on."
@@ -226,17 +245,22 @@ class Settings(BaseSettings):
                                            " refused where other machines can reach them")
     token: SecretStr = Field(SecretStr(""), description="opens API and studio; empty: the one in token_file")
     token_file: str = Field("", description="file that holds the token; empty: home/token, made when needed")
-    allowed_hosts: tuple[str, ...] = Field((), description="names under which API and studio are reached, beside those of"
-                                           " this machine: a JSON list")
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field((), description="names under which API and studio are reached,"
+                                                                " beside those of this machine, with commas")
     control_host: str = Field("127.0.0.1", description="address of the HTTP API")
     control_port: int = Field(8470, ge=0, le=65535, description="port of the HTTP API; 0: any free one")
     dashboards_port: int = Field(8866, ge=0, le=65535, description="port of the Voila dashboards; 0: any free one")
+    studio_kernels: int = Field(8, ge=1, le=500, description="pages of the studio at once; each needs more than 100 MB")
     llm_base_url: SecretStr = Field(SecretStr(""), description="OpenAI-compatible endpoint, such as"
                                     " http://127.0.0.1:11434/v1")
     llm_model: str = Field("mistral:7b-instruct", description="model name at that endpoint")
     llm_api_key: SecretStr = Field(SecretStr(""), description="bearer token for that endpoint, if it wants one")
     llm_timeout_s: float = Field(120.0, gt=0, le=3600, description="limit for one answer of the language model")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error")
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _names(cls, v: Any) -> Any: return tuple(o.strip().lower() for o in v.split(",") if o.strip()) if isinstance(v, str) else v
 
     @field_validator("home", mode="after")
     @classmethod

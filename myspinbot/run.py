@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from .catalogue import catalogue
 from .client import Client
-from .core import NotFound, SpinError, error_from_dict, settings
+from .core import NotFound, SpinError, error_from_dict, own_folder, settings
 from .draw import draw
 from .graph import Pipeline
 from .schema import JOB_END, STEP_END, Artifact, Event, Job, StepRow
@@ -148,7 +148,7 @@ def local_runner(home: Path | None = None) -> Any:  # a `LocalRunner`
     "The process's own runner for a data folder; its kernels stay between runs."
     import atexit
     from myspinbot.runner import LocalRunner
-    home = home or settings().home
+    home = own_folder(home or settings().home)
     if home not in _local:
         _local[home] = LocalRunner(catalogue(), home, settings().slots)
         atexit.register(_local[home].close)

@@ -14,7 +14,8 @@ from typing import Any, IO
 import psutil, structlog
 
 from .client import service_settings
-from .core import Conflict, ServiceUnavailable, Settings, SpinError, settings
+from .core import Conflict, ServiceUnavailable, Settings, SpinError, own_folder, settings
+from .doors import Door
 from .embedded import Embedded
 
 log = structlog.get_logger("myspinbot.services")
@@ -83,13 +84,16 @@ class Stack:
 
     def start(self) -> dict[str, Any]:  # what `up.json` says: pid, urls, children
         "Start everything; raises `Conflict` when another supervisor has the data folder."
+        own_folder(self.cfg.home)
         self.lock = lock_file(self.cfg.home / "up.lock")
         if self.lock is None: raise Conflict(f"MySpinBot is already up in {self.cfg.home}.",
             "Use it as it is, or stop it with `myspinbot down`.")
         sweep(self.state_file)
         cfg = self.cfg
+        if cfg.auth == "none": log.warning("SPIN_AUTH=none: everybody on this machine may use the API and the studio")
         if not (cfg.redis_url and cfg.postgres_url): self.embedded.start()
         cfg = service_settings(cfg)
+        self.token = Door.of(cfg, cfg.control_host).token
         api = free_port(cfg.control_port, cfg.control_host)
         self.env = dict(SPIN_HOME=str(cfg.home), SPIN_REDIS_URL=cfg.redis_url, SPIN_POSTGRES_URL=cfg.postgres_url,
             SPIN_STORE_URL=cfg.store_url,
@@ -203,7 +207,8 @@ def wait_ready(self: Stack, timeout_s: float = 60.0) -> None:
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         try:
-            if httpx.get(self.state["api"] + "/health", timeout=2).status_code == 200: return
+            headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+            if httpx.get(self.state["api"] + "/health", timeout=2, headers=headers).status_code == 200: return
         except httpx.HTTPError: pass
         dead = next((c for c in self.children if c.proc is None), None)
         if dead: break

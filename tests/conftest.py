@@ -116,14 +116,16 @@ def api(tmp_path: Path, redis_url: str, postgres_url: str) -> Iterator[SimpleNam
     from farm import Farm, wait_for
 
     from myspinbot.api import create_app
+    from myspinbot.doors import authorization, read_token
     f = Farm(tmp_path / "home", redis_url, postgres_url, Path(__file__).parent / "pipelines")
     server = uvicorn.Server(uvicorn.Config(create_app(f.client), host="127.0.0.1", port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_for("the server listens", lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
-        yield SimpleNamespace(http=http, ws=f"ws://127.0.0.1:{port}", farm=f)
+    own = authorization(f.cfg)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, headers=own) as http:
+        yield SimpleNamespace(http=http, ws=f"ws://127.0.0.1:{port}", farm=f, own=own, token=read_token(f.cfg))
     server.should_exit = True
     thread.join(10)
     f.close()

@@ -16,7 +16,7 @@ TOYS = Path(__file__).parent / "pipelines"
 def events(api: SimpleNamespace, job: str, after: int = 0) -> tuple[list[dict[str, Any]], int]:
     "All messages of a job's WebSocket, and the code it was closed with."
     got = []
-    with connect(f"{api.ws}/jobs/{job}/ws?after={after}") as ws:
+    with connect(f"{api.ws}/jobs/{job}/ws?after={after}", additional_headers=api.own) as ws:
         try:
             while True: got.append(json.loads(ws.recv(timeout=60)))
         except ConnectionClosed as e: return got, e.rcvd.code

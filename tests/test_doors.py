@@ -115,6 +115,7 @@ if BROWSER or os.environ.get("CI"):
         asked: list[str] = []
         with sync_playwright() as p, p.chromium.launch(executable_path=BROWSER, args=[*FLAGS]) as browser:
             page = browser.new_page()
+            page.goto(f"{api.http.base_url}/health?token={api.token}")
             page.on("request", lambda r: asked.append(r.url))
             for content in (SVG, PAGE):
                 for query in ("?media_type=image/SVG%2Bxml", "?name=x.svg", "?name=x.html"):
@@ -136,6 +137,7 @@ if BROWSER or os.environ.get("CI"):
         seen = []
         with sync_playwright() as p, p.chromium.launch(executable_path=BROWSER, args=[*FLAGS]) as browser:
             page = browser.new_page()
+            page.goto(f"{api.http.base_url}/health?token={api.token}")
             for kind, make in SHOWN.items():
                 page.goto(f"{api.http.base_url}{put(api, make())}")
                 page.wait_for_function(f"({ready})(document.querySelector('img, video, audio'))", timeout=20_000)

@@ -21,6 +21,7 @@ from farm import Farm, wait_for
 from PIL import Image
 
 from myspinbot.core import InputError
+from myspinbot.doors import authorization, read_token
 from myspinbot.schema import Graph, Node, ParamRef, Port
 from myspinbot.ui import Form, JobView, Studio, job_view, result_widget
 
@@ -187,17 +188,17 @@ def voila(site: Farm) -> Iterator[SimpleNamespace]:
 
     def answers() -> bool:
         assert p.poll() is None, site.log("voila")
-        try: return httpx.get(f"{url}/voila/static/voila.js", timeout=2).status_code == 200
+        try: return httpx.get(f"{url}/health", timeout=2).status_code == 200
         except httpx.HTTPError: return False
     wait_for("Voila answers", answers)
-    yield SimpleNamespace(url=url, site=site)
+    yield SimpleNamespace(url=url, site=site, own=authorization(site.cfg), token=read_token(site.cfg))
     p.terminate()
     try: p.wait(20)
     except subprocess.TimeoutExpired: p.kill()
 
 
 def test_page_runs_in_voila_without_an_error(voila: SimpleNamespace) -> None:
-    page = httpx.get(voila.url, timeout=90, follow_redirects=True).text
+    page = httpx.get(voila.url, timeout=90, headers=voila.own).text
     assert "application/vnd.jupyter.widget-view+json" in page
     assert "Traceback" not in page and "error" not in re.findall(r'"output_type": ?"(\w+)"', page)
 
@@ -213,7 +214,8 @@ if BROWSER or os.environ.get("CI"):  # elsewhere the page is still executed by V
             page.set_default_timeout(90_000)
             expect.set_options(timeout=60_000)
             page.on("request", lambda r: asked.append(r.url))
-            page.goto(voila.url)
+            page.goto(f"{voila.url}/?token={voila.token}")
+            expect(page).to_have_url(f"{voila.url}/")
             expect(page.locator("button.spin-go")).to_have_text("Run Branches")
             page.locator("textarea").first.fill(str(gate))
             page.keyboard.press("Tab")

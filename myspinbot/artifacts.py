@@ -154,7 +154,7 @@ class LocalStore:
             target = self.path(sha256)
             if not self.has(target, size):
                 target.parent.mkdir(exist_ok=True)
-                tmp.chmod(0o444)
+                tmp.chmod(0o400)
                 os.replace(tmp, target)
         except OSError as e: raise disk_error(self.root, e) from e
         finally: tmp.unlink(missing_ok=True)
@@ -212,7 +212,7 @@ def place(
         except FileNotFoundError: raise
         except OSError:  # another file system, or one without links
             with open(blob, "rb") as src, whole_file(tmp) as dst: shutil.copyfileobj(src, dst, 1 << 20)
-            tmp.chmod(0o444)
+            tmp.chmod(0o400)
         if hash_file(tmp) != artifact.sha256:
             blob.unlink(missing_ok=True)
             raise NotFound(f"Artifact {artifact.name!r} ({artifact.sha256[:12]}) was damaged and is removed.",

@@ -95,9 +95,8 @@ class Stack:
         cfg = service_settings(cfg)
         self.token = Door.of(cfg, cfg.control_host).token
         api = free_port(cfg.control_port, cfg.control_host)
-        self.env = dict(SPIN_HOME=str(cfg.home), SPIN_REDIS_URL=cfg.redis_url, SPIN_POSTGRES_URL=cfg.postgres_url,
-            SPIN_STORE_URL=cfg.store_url,
-                        SPIN_CONTROL_PORT=str(api), SPIN_SUPERVISOR=str(os.getpid()))
+        urls = {f"SPIN_{n}_URL": getattr(cfg, f"{n.lower()}_url").get_secret_value() for n in ("REDIS", "POSTGRES", "STORE")}
+        self.env = urls | dict(SPIN_HOME=str(cfg.home), SPIN_CONTROL_PORT=str(api), SPIN_SUPERVISOR=str(os.getpid()))
         self.state = dict(pid=os.getpid(), api=f"http://{cfg.control_host}:{api}", dashboards=None)
         me = [sys.executable, "-m", "myspinbot.cli"]
         self.children = [Child("control", [*me, "control"]), *(Child(f"worker-{i}",

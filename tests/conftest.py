@@ -3,14 +3,16 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -129,3 +131,51 @@ def api(tmp_path: Path, redis_url: str, postgres_url: str) -> Iterator[SimpleNam
     server.should_exit = True
     thread.join(10)
     f.close()
+
+
+PHOTO = """
+from myspinbot.graph import Pipeline
+from myspinbot.schema import Image
+p = Pipeline("photo", title="Photo")
+p.param("picture", Image, default="")
+p.output(value=p.step("toy.mark").value)
+"""
+
+
+@pytest.fixture
+def site(farm: Callable, tmp_path: Path) -> Any:
+    "A conductor and a worker on toy pipelines."
+    import nbformat
+    folder = tmp_path / "pipelines"
+    shutil.copytree(Path(__file__).parent / "pipelines", folder)
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PHOTO, metadata=dict(tags=["pipeline"]))]),
+                   folder / "photo.ipynb")
+    f = farm(folder)
+    f.start("control")
+    f.start("w1")
+    return f
+
+
+@pytest.fixture
+def voila(site: Any, request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
+    "The dashboard as `myspinbot up` serves it, on a port of its own; variables of its environment as a parameter."
+    import httpx
+    from farm import wait_for
+
+    from myspinbot.doors import authorization, read_token
+    port = free_port()
+    command = [sys.executable, "-m", "myspinbot.cli", "dashboards", f"--port={port}"]
+    env = os.environ | site.env | getattr(request, "param", {})
+    with open(site.logs / "voila.log", "wb") as log:
+        p = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        assert p.poll() is None, site.log("voila")
+        try: return httpx.get(f"{url}/health", timeout=2).status_code == 200
+        except httpx.HTTPError: return False
+    wait_for("Voila answers", answers)
+    yield SimpleNamespace(url=url, site=site, pid=p.pid, own=authorization(site.cfg), token=read_token(site.cfg))
+    p.terminate()
+    try: p.wait(20)
+    except subprocess.TimeoutExpired: p.kill()

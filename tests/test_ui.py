@@ -3,10 +3,7 @@ import io
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +18,6 @@ from farm import Farm, wait_for
 from PIL import Image
 
 from myspinbot.core import InputError
-from myspinbot.doors import authorization, read_token
 from myspinbot.schema import Graph, Node, ParamRef, Port
 from myspinbot.ui import Form, JobView, Studio, job_view, result_widget
 
@@ -31,15 +27,6 @@ PAGE = ROOT / "dashboards/studio.ipynb"
 _png = io.BytesIO()
 Image.new("RGB", (4, 4), "red").save(_png, "PNG")
 PNG = _png.getvalue()
-PHOTO = """
-from myspinbot.graph import Pipeline
-from myspinbot.schema import Image
-p = Pipeline("photo", title="Photo")
-p.param("picture", Image, default="")
-p.output(value=p.step("toy.mark").value)
-"""
-
-
 def chosen(name: str, content: bytes) -> tuple[dict[str, Any], ...]:
     "What a FileUpload holds after a person chose a file."
     return (dict(name=name, type="", size=len(content), content=memoryview(content), last_modified=datetime.now(UTC)),)
@@ -49,19 +36,6 @@ def text_of(w: W.Widget) -> str:
     "All HTML in a tree of widgets."
     own = w.value if isinstance(w, W.HTML) else w.description if isinstance(w, W.Button) else ""
     return own + "".join(text_of(c) for c in getattr(w, "children", ()))
-
-
-@pytest.fixture
-def site(farm: Any, tmp_path: Path) -> Farm:
-    "A conductor and a worker on toy pipelines."
-    folder = tmp_path / "pipelines"
-    shutil.copytree(TOYS, folder)
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PHOTO, metadata=dict(tags=["pipeline"]))]),
-                   folder / "photo.ipynb")
-    f = farm(folder)
-    f.start("control")
-    f.start("w1")
-    return f
 
 
 def test_form_gives_only_what_was_filled_in_and_stores_files(farm: Any) -> None:
@@ -173,28 +147,6 @@ def test_broken_pipeline_does_not_hide_the_others(farm: Any, tmp_path: Path) -> 
     assert {v for _, v in studio.which.options} == {"branches", "fan"}
     assert "half written" in studio.broken.value
     studio.stop.set()
-
-
-@pytest.fixture
-def voila(site: Farm) -> Iterator[SimpleNamespace]:
-    "The dashboard as `myspinbot up` serves it, on a port of its own."
-    from myspinbot.services import free_port
-    port = free_port(0)
-    command = [sys.executable, "-m", "myspinbot.cli", "dashboards", f"--port={port}"]
-    env = os.environ | site.env
-    with open(site.logs / "voila.log", "wb") as log:
-        p = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-
-    def answers() -> bool:
-        assert p.poll() is None, site.log("voila")
-        try: return httpx.get(f"{url}/health", timeout=2).status_code == 200
-        except httpx.HTTPError: return False
-    wait_for("Voila answers", answers)
-    yield SimpleNamespace(url=url, site=site, own=authorization(site.cfg), token=read_token(site.cfg))
-    p.terminate()
-    try: p.wait(20)
-    except subprocess.TimeoutExpired: p.kill()
 
 
 def test_page_runs_in_voila_without_an_error(voila: SimpleNamespace) -> None:

@@ -173,6 +173,7 @@ if BROWSER or os.environ.get("CI"):
             page.on("request", lambda r: asked.append(r.url))
             page.on("console", lambda m: said.append(m.text))
             page.on("pageerror", lambda e: said.append(str(e)))
+            page.goto(f"{api.http.base_url}/docs?token={api.token}")
             page.goto(f"{api.http.base_url}/docs?url=http://evil.example/openapi.json&configUrl=http://evil.example/c.json")
             operation = page.locator("#operations-about-get_pipelines_pipelines_get")
             expect(operation).to_contain_text("/pipelines", timeout=20_000)

@@ -143,3 +143,68 @@ if BROWSER or os.environ.get("CI"):
                 page.wait_for_function(f"({ready})(document.querySelector('img, video, audio'))", timeout=20_000)
                 seen.append(kind)
         assert seen == [*SHOWN]
+
+
+# --- the documentation of the API
+
+def test_documentation_is_closed_and_comes_from_this_server(api: SimpleNamespace) -> None:
+    page = api.http.get("/docs")
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    parts = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert parts and not [o for o in parts if re.match("(?i)[a-z]+:|//|/", o)], parts
+    assert not re.search(r"(?i)<script(?![^>]*src=)|<style|\son\w+=|\sstyle=", page.text), page.text
+    kinds = dict(js="text/javascript", css="text/css", png="image/png")
+    for got, kind in ((page, "text/html"), *((api.http.get(f"/{o}"), kinds[o.rpartition(".")[2]]) for o in parts)):
+        rules = dict(o.strip().partition(" ")[::2] for o in got.headers["content-security-policy"].split(";"))
+        assert rules == {"default-src": "'none'", "script-src": "'self'", "style-src": "'self'", "img-src": "'self' data:",
+                         "connect-src": "'self'", "frame-ancestors": "'none'", "base-uri": "'none'", "form-action": "'none'"}
+        assert (got.status_code, got.headers["content-type"].split(";")[0]) == (200, kind) and got.content
+        assert (got.headers["x-content-type-options"], got.headers["x-frame-options"]) == ("nosniff", "DENY")
+    for path in ("/redoc", "/docs/oauth2-redirect", "/docs/..%2fapi.py", "/docs/__init__.py", "/docs/%00"):
+        assert api.http.get(path).status_code == 404, path
+
+
+if BROWSER or os.environ.get("CI"):
+    def test_documentation_works_in_a_browser_without_internet(api: SimpleNamespace) -> None:
+        from playwright.sync_api import expect, sync_playwright
+        asked, said = [], []
+        with sync_playwright() as p, p.chromium.launch(executable_path=BROWSER, args=[*FLAGS]) as browser:
+            page = browser.new_page(viewport=dict(width=1200, height=1100))
+            page.on("request", lambda r: asked.append(r.url))
+            page.on("console", lambda m: said.append(m.text))
+            page.on("pageerror", lambda e: said.append(str(e)))
+            page.goto(f"{api.http.base_url}/docs?token={api.token}")
+            page.goto(f"{api.http.base_url}/docs?url=http://evil.example/openapi.json&configUrl=http://evil.example/c.json")
+            operation = page.locator("#operations-about-get_pipelines_pipelines_get")
+            expect(operation).to_contain_text("/pipelines", timeout=20_000)
+            assert page.locator(".opblock").count() == sum(len(o) for o in api.http.get("/openapi.json").json()["paths"].values())
+            operation.locator("button.opblock-summary-control").click()
+            operation.get_by_text("Try it out").click()
+            operation.get_by_text("Execute", exact=True).click()
+            answer = operation.locator(".live-responses-table")
+            expect(answer.locator(".response-col_status").last).to_contain_text("200")
+            expect(answer).to_contain_text('"branches"')
+            for closed in page.locator(".opblock:not(.is-open) button.opblock-summary-control").all()[::-1]: closed.click()
+            for closed in page.locator(".models button[aria-expanded=false]").all(): closed.click()
+            assert page.locator(".opblock.is-open").count() == page.locator(".opblock").count()
+            assert said == [] and not [a for a in asked if not a.startswith((api.ws.replace("ws", "http"), "data:"))], asked
+            # what a hole in the page would let a stranger do
+            page.evaluate("""() => {
+                window.refused = []
+                document.addEventListener('securitypolicyviolation', e => refused.push(`${e.effectiveDirective} ${e.blockedURI}`))
+                const add = (name, set) => document.body.appendChild(Object.assign(document.createElement(name), set))
+                add('script', {textContent: 'window.owned = 1'})
+                add('script', {src: 'data:text/javascript,window.owned = 2'})
+                add('div', {innerHTML: '<img src=x onerror="window.owned = 3">'})
+                add('style', {textContent: 'body { display: none }'})
+                add('img', {src: 'http://evil.example/leak'})
+                add('iframe', {src: 'http://evil.example/frame'})
+                add('base', {href: 'http://evil.example/'})
+                add('form', {action: 'http://evil.example/form', method: 'post'}).submit()
+                fetch('http://evil.example/fetch').catch(() => {})
+            }""")
+            page.wait_for_function("refused.length >= 9")
+            refused = {o.split()[0] for o in page.evaluate("refused")}
+            assert refused == {"script-src-elem", "script-src-attr", "style-src-elem", "img-src", "frame-src", "base-uri",
+                               "form-action", "connect-src"}
+            assert page.evaluate("window.owned") is None and page.url.startswith(str(api.http.base_url))

@@ -2,15 +2,16 @@
 SHELL := /bin/sh
 VENV  := .venv
 BIN   := $(VENV)/bin
-META  := settings.ini setup.py pyproject.toml
+META  := settings.ini setup.py pyproject.toml infra/constraints.txt
 NOTEBOOKS := nbs pipelines dashboards
+UPGRADE := --upgrade
 
 # The first interpreter that is Python 3.11 or 3.12 and can make virtual environments; override with PYTHON=...
 QUALIFIES := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	if $$p -c '$(QUALIFIES)' 2>/dev/null; then echo $$p; break; fi; done)
 
-.PHONY: demo test lint check readme faults bench lab clean install dev
+.PHONY: demo test lint check readme third-party constraints faults bench lab clean install dev
 
 demo: $(VENV)/.installed  ## a video from the sample portrait
 	$(BIN)/myspinbot demo
@@ -32,6 +33,17 @@ check: $(VENV)/.dev  ## notebooks clean, package in sync, README current: nothin
 
 readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
 	$(BIN)/python -c 'from myspinbot.dev import build_readme; print(*build_readme() or ["README.md is current"])'
+
+third-party: $(VENV)/.dev  ## infra/THIRD-PARTY.md: what the default install brings, with licences
+	$(BIN)/python -c 'from myspinbot.dev import build_third_party; print(*build_third_party() or ["infra/THIRD-PARTY.md is current"])'
+
+# Every install takes the versions in infra/constraints.txt, names and versions only. A pin that is too old for settings.ini or for another
+# pin fails the install; one that is too new fails a test. This target takes the newest versions that settings.ini allows: run it before a
+# release and when a fix is wanted, then `make test` and `make third-party`, and commit only what passes.
+constraints: $(VENV)/.dev  ## the newest versions that settings.ini allows, for Linux and macOS (UPGRADE= keeps what holds still)
+	$(BIN)/uv pip compile --quiet $(UPGRADE) --universal --fork-strategy fewest --no-annotate --no-emit-index-url --no-emit-find-links \
+		--custom-compile-command "make constraints" --extra dev setup.py -o infra/constraints.txt
+	sed -i.bak -E "/; .*(== 'win32'|== 'nt'|== 'emscripten')/d" infra/constraints.txt && rm infra/constraints.txt.bak
 
 faults: $(VENV)/.dev  ## every fault with a list of seeds, then the simulation; a table each (FAULTS="--only Redis --seeds 7")
 	$(BIN)/python tests/faults/run.py $(FAULTS)
@@ -60,10 +72,11 @@ $(VENV)/bin/python:
 
 # uv installs in seconds what takes pip minutes; where it cannot be had, pip does the same.
 define pip_install
-	@$(BIN)/uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv || true
+	@$(BIN)/uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt uv || true
 	@echo "Installing $(1) into $(VENV) ..."
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python -e '$(1)' \
-		|| { echo "uv could not install it; trying pip."; $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '$(1)'; }
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -c infra/constraints.txt -b infra/constraints.txt -e '$(1)' \
+		|| { echo "uv could not install it; trying pip."; \
+			$(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '$(1)'; }
 endef
 
 $(VENV)/.installed: $(META) | $(VENV)/bin/python

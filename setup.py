@@ -44,7 +44,7 @@ setup(
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
     long_description_content_type="text/markdown",
     packages=["myspinbot"], cmdclass={"build_py": BuildWithNotebooks, "sdist": SdistWithNotebooks},
-    python_requires=f">={cfg['min_python']}",
+    python_requires=cfg["python"],
     install_requires=lines("requirements") + lines("media_requirements") + lines("embedded_requirements"),
     extras_require={"dev": lines("dev_requirements")},
     entry_points={

@@ -1,14 +1,20 @@
 """The checkout agrees with itself: notebooks are clean, package and README are what they export, the layers hold."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from configparser import ConfigParser
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("nbs", "pipelines", "dashboards")
@@ -79,6 +85,62 @@ def test_the_drawings_show_the_pipeline_as_it_is() -> None:
     cells = json.loads((ROOT / "pipelines/talking_portrait.ipynb").read_text())["cells"]
     shown = [o["data"]["text/html"] for c in cells for o in c.get("outputs", ()) if "text/html" in o.get("data", {})]
     assert ["".join(o) for o in shown] == [drawn]
+
+
+def settings() -> dict[str, str]:
+    ini = ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini", encoding="utf-8")
+    return dict(ini["DEFAULT"])
+
+
+def pins() -> list[Requirement]:
+    lines = (ROOT / "infra/constraints.txt").read_text().splitlines()
+    return [Requirement(o) for o in lines if not o.startswith("#")]
+
+
+def test_constraints_are_names_and_versions() -> None:
+    for line in (ROOT / "infra/constraints.txt").read_text().splitlines():
+        assert re.fullmatch(r"# {1,4}[\w .]+:?|[a-z0-9-]+==[\w.]+( ; [\w .'=<>!*]+)?", line), line
+
+
+def test_every_requirement_allows_its_pin_and_has_one() -> None:
+    cfg = settings()
+    groups = {k: [Requirement(o) for o in v.splitlines() if o.strip()] for k, v in cfg.items() if k.endswith("requirements")}
+    assert set(groups) == {"requirements", "media_requirements", "embedded_requirements", "dev_requirements"}
+    for need in (o for held in groups.values() for o in held):
+        held = [str(p.specifier).removeprefix("==") for p in pins() if p.name == canonicalize_name(need.name)]
+        assert held and all(need.specifier.contains(v) for v in held), f"{need}: {held}"
+
+
+def test_every_install_takes_the_constraints() -> None:
+    for name in ("Makefile", "infra/Dockerfile"):
+        installs = [o for o in (ROOT / name).read_text().splitlines() if "pip install" in o and "apt-get" not in o]
+        assert installs and all("-c infra/constraints.txt" in o for o in installs), name
+    meta = re.search(r"^META .*", (ROOT / "Makefile").read_text(), re.M).group()
+    assert "infra/constraints.txt" in meta, "a changed version is installed by the next make"
+
+
+def test_metadata_makefile_and_ci_name_the_same_pythons() -> None:
+    wanted = SpecifierSet(settings()["python"])
+    for name in ("Makefile", ".ci/run"):
+        low, high = re.search(r"not \((3, \d+)\) <= sys\.version_info\[:2\] <= \((3, \d+)\)", (ROOT / name).read_text()).groups()
+        minors = range(int(low.split()[-1]), int(high.split()[-1]) + 1)
+        assert [n for n in range(30) if wanted.contains(f"3.{n}.9")] == list(minors), name
+    image = re.findall(r"^FROM python:(\d+\.\d+)-", (ROOT / "infra/Dockerfile").read_text(), re.M)
+    assert image and all(wanted.contains(o) for o in image)
+
+
+def test_the_list_of_third_party_software_is_whole_and_current() -> None:
+    from myspinbot.dev import build_third_party
+    assert build_third_party(ROOT, check=True) == [], "run: make third-party"
+
+
+def test_ffmpeg_calls_itself_lgpl_and_is_linked_to_x264() -> None:
+    said = tool("python", "-m", "av", "--version")
+    assert "library license: LGPL version 3 or later" in said
+    assert "--enable-libx264" in said and "--enable-gpl" not in said
+    codecs = next(o for o in distribution("av").files if o.name.startswith("libavcodec"))
+    assert re.search(rb"libx264[-.][\w.]*(so|dylib)", codecs.locate().read_bytes()), "the file that the loader is asked for"
 
 
 def test_pyproject_has_no_project_table() -> None:

@@ -322,6 +322,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'myspinbot.check.dependencies': ('check.html#dependencies', 'myspinbot/check.py'),
                                  'myspinbot.check.explain': ('check.html#explain', 'myspinbot/check.py'),
                                  'myspinbot.check.file_values': ('check.html#file_values', 'myspinbot/check.py'),
+                                 'myspinbot.check.kind_of': ('check.html#kind_of', 'myspinbot/check.py'),
                                  'myspinbot.check.matches': ('check.html#matches', 'myspinbot/check.py'),
                                  'myspinbot.check.misfit': ('check.html#misfit', 'myspinbot/check.py'),
                                  'myspinbot.check.needs_of': ('check.html#needs_of', 'myspinbot/check.py'),

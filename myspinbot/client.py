@@ -85,7 +85,7 @@ def submit(self: Client,
     if priority not in ("high", "normal", "low"): raise InputError(f"priority is {show_value(priority)}.",
         "Use high, normal or low.")
     for key, what in ((idempotency_key, "idempotency key"), (parent, "parent")): check_key(key, what)
-    g, given = by_content(self.graph(pipeline), {} if params is None else params, self.store)
+    g, given = by_content(self.graph(pipeline), {} if params is None else params, self.store, self.catalogue.steps())
     validate_graph(g, self.catalogue)
     g, values = store_files(g, resolve_params(g, given), self.store, self.catalogue)
     job = self.journal.submit(g, values, priority=priority, idempotency_key=idempotency_key, parent=parent, fresh=fresh)
@@ -207,7 +207,7 @@ def rerun(self: Client,
     if from_step and from_step not in ids: raise NotFound(f"Job {id} has no step {from_step!r}.",
         f"Its steps: {', '.join(ids)}.")
     fresh = {from_step, *downstream(old.graph, from_step)} if from_step else set(ids)
-    graph, params = by_content(old.graph, old.params, self.store, strict=False)
+    graph, params = by_content(old.graph, old.params, self.store, self.catalogue.steps(), strict=False)
     return self.submit(graph, params, priority=old.priority, parent=id,
         fresh=tuple(i for i in ids if i in fresh))
 

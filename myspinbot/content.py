@@ -126,19 +126,19 @@ def kinds_of(media_type: str) -> tuple[str, ...]:
 
 def true_type(
     head: bytes,
-    claimed: str,  # media type
+    claimed: str,       # media type
+    data: bool = False, # is it given for data, which may begin like anything?
 ) -> str:
-    "The media type by content; a claim counts only for data, where the content says nothing."
+    "The media type by content; a claim counts only where the content says nothing, and for data."
     form, claimed = sniff(head), claimed.lower()
-    if form and form.kinds != _DATA: return form.media_type
-    if claimed.startswith(tuple(o for k, o in MEDIA.items() if k != "Data")) or "/" not in claimed:
-        return form.media_type if form else "application/octet-stream"
-    return claimed
+    empty = "/" not in claimed or claimed.startswith(tuple(o for k, o in MEDIA.items() if k != "Data"))  # proves nothing
+    if form and (empty or (form.kinds != _DATA and not data)): return form.media_type
+    return "application/octet-stream" if empty else claimed
 
 def name_of(media_type: str) -> str:
     "A media type for a message."
     form = _BY_TYPE.get(media_type)
-    return form.name if form else "nothing that is known" if media_type == "application/octet-stream" else media_type
+    return form.name if form else "of an unknown kind" if media_type == "application/octet-stream" else media_type
 
 # %% ../nbs/02_content.ipynb #c0a1f014
 PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")  # Pillow's names

@@ -299,7 +299,7 @@ def run(self: LocalRunner,
     fresh: tuple[str, ...] = (),                                 # nodes that must not come from the cache
 ) -> LocalJob:
     "Run a graph to its end in this process; a failed step makes a failed job, never an exception."
-    graph, params = by_content(graph, params, self.store)
+    graph, params = by_content(graph, params, self.store, self.catalogue.steps())
     validate_graph(graph, self.catalogue)
     graph, params = store_files(graph, resolve_params(graph, params), self.store, self.catalogue)
     box: list[LocalJob] = []

@@ -209,16 +209,16 @@ def test_an_uploaded_playlist_is_refused_for_a_video_whatever_it_is_called(way: 
 
 
 WRONG: dict[str, tuple[str, str, Callable[[], bytes], str]] = {  # port, claimed type, content, what it is called
-    "text as a picture": ("Image", "image/png", lambda: b"Dear all, here is my picture.", "nothing that is known"),
+    "text as a picture": ("Image", "image/png", lambda: b"Dear all, here is my picture.", "of an unknown kind"),
     "PostScript as a picture": ("Image", "image/jpeg", lambda: picture("EPS"), "a PostScript program"),
     "drawing as a picture": ("Image", "image/svg+xml", lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing"),
     "sound as a picture": ("Image", "image/png", lambda: sound("wav"), "a WAV sound"),
     "picture as a sound": ("Audio", "audio/wav", lambda: picture("PNG"), "a PNG picture"),
     "picture as a video": ("Video", "video/mp4", lambda: picture("GIF"), "a GIF picture"),
     "sound as a video": ("Video", "video/mp4", lambda: sound("mp3"), "an MP3 sound"),
-    "noise as a sound": ("Audio", "audio/wav", lambda: bytes(range(200, 250)), "nothing that is known"),
+    "noise as a sound": ("Audio", "audio/wav", lambda: bytes(range(200, 250)), "of an unknown kind"),
     "data as a video": ("Video", "application/json", lambda: b"{}", "application/json"),
-    "picture as data": ("Data", "application/json", lambda: picture("PNG"), "a PNG picture"),
+    "picture as data": ("Data", "image/png", lambda: picture("PNG"), "a PNG picture"),
 }
 
 
@@ -281,6 +281,14 @@ def test_a_job_of_old_with_an_odd_media_type_loads_and_runs_again(door: SimpleNa
     again = door.http.post(f"/jobs/{old.id}/rerun", json={})
     assert again.status_code == 201 and again.json()["params"]["file"]["media_type"] == "video/mp4"
     assert isinstance(result_widget(door.client, "clip", a), W.Video)
+
+
+def test_values_that_hold_themselves_are_refused_at_once(door: SimpleNamespace) -> None:
+    graph, loop = Graph(name="g", params=(Port(name="x"),), nodes=(Node(id="say", step="speech.piper"),)), []
+    loop += [loop, loop]
+    with pytest.raises(InputError, match="levels deep"): door.client.submit(graph, dict(x=loop))
+    with pytest.raises(SpinError, match="levels deep"):
+        door.client.submit(graph.model_copy(update=dict(nodes=(Node(id="say", step="speech.piper", inputs=dict(text=loop)),))), {})
 
 
 def test_a_result_is_shown_whatever_its_media_type_is(door: SimpleNamespace) -> None:
@@ -381,7 +389,12 @@ def test_a_moving_gif_is_a_picture_and_its_frames_can_be_read(tmp_path: Path) ->
 
 def test_a_file_of_data_is_what_its_sender_calls_it(door: SimpleNamespace) -> None:
     graph = dict(name="g", params=[dict(name="file", type="Data")], nodes=[dict(id="say", step="speech.piper")])
-    for name, data in (("a.json", b"[1]"), ("a.npz", b"PK\x03\x04"), ("a.safetensors", b"\xff\xfb\0\0\0\0\0\0{")):
+    given = {"a.json": b"[1]", "a.npz": b"PK\x03\x04", "a.safetensors": b"\xff\xfb\0\0\0\0\0\0{", "a.bin": b"ID3 and so on"}
+    for name, data in given.items():
         a = door.http.post("/artifacts", params=dict(name=name), content=data).json()
+        if name == "a.bin": a["media_type"] = "application/octet-stream"
         r = door.http.post("/jobs", json=dict(graph=graph, params=dict(file=a)))
         assert r.status_code == 201 and r.json()["params"]["file"] == a, r.text
+        r = door.http.post("/jobs", json=dict(graph=fixed_graph(a, "portrait.talk", "landmarks")))
+        assert r.status_code == 201, r.text
+        assert door.client.job(r.json()["id"]).graph.nodes[0].inputs["landmarks"] == a

@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 
 from . import __version__
 from .artifacts import SHOWN, LocalStore, check_sha, media_type_of, safe_name
-from .check import explain, file_values, resolve_params
+from .check import explain, file_values
 from .client import Client
 from .doors import Door, DoorKeeper
 from .core import InputError, NotFound, SpinError
@@ -73,7 +73,7 @@ def refuse_paths(
     steps: Any = None,          # catalogue
 ) -> None:
     "Raise `InputError` for a file path that a request brings."
-    values = resolve_params(graph, dict(params)) if own else dict(params)
+    values = ({p.name: p.default for p in graph.params} if own else {}) | dict(params)
     found = file_values(graph if own else graph.model_copy(update=dict(nodes=())), values, steps)
     if found:
         place, path = found[0]

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from .catalogue import Catalogue, catalogue
 from .core import InputError, NotFound, ServiceUnavailable, Settings, SpinError, own_folder, settings
-from .check import check_key, read_graph, resolve_params, store_files, validate_graph
+from .check import by_content, check_key, read_graph, resolve_params, store_files, validate_graph
 from .graph import Pipeline
 from .plan import downstream
 from .schema import JOB_END, Artifact, Event, Graph, Job, StepRow, show_value
@@ -87,9 +87,9 @@ def submit(self: Client,
     if priority not in ("high", "normal", "low"): raise InputError(f"priority is {show_value(priority)}.",
         "Use high, normal or low.")
     for key, what in ((idempotency_key, "idempotency key"), (parent, "parent")): check_key(key, what)
-    g = self.graph(pipeline)
+    g, given = by_content(self.graph(pipeline), {} if params is None else params, self.store, self.catalogue.steps())
     validate_graph(g, self.catalogue)
-    g, values = store_files(g, resolve_params(g, {} if params is None else params), self.store, self.catalogue)
+    g, values = store_files(g, resolve_params(g, given), self.store, self.catalogue)
     job = self.journal.submit(g, values, priority=priority, idempotency_key=idempotency_key, parent=parent, fresh=fresh)
     self.hint(self.bridge.hint_jobs, job.id)
     return job
@@ -209,7 +209,8 @@ def rerun(self: Client,
     if from_step and from_step not in ids: raise NotFound(f"Job {id} has no step {from_step!r}.",
         f"Its steps: {', '.join(ids)}.")
     fresh = {from_step, *downstream(old.graph, from_step)} if from_step else set(ids)
-    return self.submit(old.graph, old.params, priority=old.priority, parent=id,
+    graph, params = by_content(old.graph, old.params, self.store, self.catalogue.steps(), strict=False)
+    return self.submit(graph, params, priority=old.priority, parent=id,
         fresh=tuple(i for i in ids if i in fresh))
 
 @patch

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 import myspinbot
 from .artifacts import Store, media_type_of, safe_name
 from .catalogue import Catalogue, did_you_mean
+from .content import HEAD
 from .core import Cancelled, InputError, ServiceUnavailable, SpinError, StepFailed, mended, orphaned, process_tag
 from .engine import RunRecord, run_notebook
 from .pool import KernelPool
@@ -194,7 +195,7 @@ def store_outputs(
 def _store_file(store: Store, path: Path, name: str, declared: str) -> Artifact:
     if not path.is_file():
         raise StepFailed(f"Output {name!r}: {path.name!r} is gone.", "Do not remove or move it after step.output(...).")
-    with open(path, "rb") as f: found = media_type_of(f.read(64), path.name)
+    with open(path, "rb") as f: found = media_type_of(f.read(HEAD), path.name)
     wanted = declared if "/" in declared else MEDIA[port_type(declared)]
     if not found.startswith(wanted):
         raise StepFailed(f"Output {name!r} is declared {declared}, but {path.name!r} is {found}.",

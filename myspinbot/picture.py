@@ -16,13 +16,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .content import GIVE, HEAD, named, open_picture, sniff
 from .core import ConfigError, InputError
 from .schema import MAX_PIXELS
 
 # %% ../nbs/31_picture.ipynb #e08afe22
 MAX_SIDE = 6000            # a longer side is reduced while reading
 MEDIA_EXTRA = "pip install 'myspinbot[media]'"
-_MEND = "Give a JPEG, PNG or WebP file."
+
 
 def _open(source: Any, name: str) -> Any:
     "The lazily opened Pillow image behind a path, bytes or an image."
@@ -30,23 +31,23 @@ def _open(source: Any, name: str) -> Any:
     if isinstance(source, Image.Image): return source
     if isinstance(source, bytes):
         import io
-        head, stream = source[:64], io.BytesIO(source)
+        head, stream = source[:HEAD], io.BytesIO(source)
     else:
         path = Path(source)
         if not path.exists(): raise InputError(f"There is no picture {name}.", "Check the path.", file=name)
-        if not path.is_file(): raise InputError(f"{name} is not a file.", _MEND, file=name)
-        with path.open("rb") as f: head = f.read(64)
+        if not path.is_file(): raise InputError(f"{name} is not a file.", GIVE["Image"], file=name)
+        with path.open("rb") as f: head = f.read(HEAD)
         stream = path
     if not head: raise InputError(f"The picture {name} is empty (0 bytes).", "Copy or download it again.", file=name)
-    try: return Image.open(stream)
+    try: return open_picture(stream)
     except Image.DecompressionBombError as e:
         many = re.search(r"\d{6,}", str(e))
         raise InputError(f"{name} has {int(many[0]) // 10**6 if many else 'too many'} megapixels; "
                          f"at most {MAX_PIXELS // 10**6} are read.", "Reduce it first.", file=name) from e
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as e:
-        text = all(32 <= b < 127 or b in (9, 10, 13) for b in head)
-        found = f"a text that begins {head[:24].decode()!r}" if text else f"bytes {head[:8].hex(' ')}"
-        raise InputError(f"{name} is not a picture: found {found}.", _MEND, file=name) from e
+        known = (form := sniff(head)) and "Image" in form.kinds
+        what = f"{form.name} that is damaged or cannot be read here" if known else f"not a picture: found {named(head)}"
+        raise InputError(f"{name} is {what}.", GIVE["Image"], file=name) from e
 
 # %% ../nbs/31_picture.ipynb #de2d5db1
 def _to_rgb(im: Any) -> Any:

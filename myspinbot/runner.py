@@ -19,7 +19,7 @@ from .catalogue import Catalogue
 from .core import Cancelled, ConfigError, Settings, SpinError, as_spin_error, canonical_json, hash_json, new_id, settings
 from .core import whole_text
 from .executor import Executor, RunContext, StepResult, completed
-from .check import resolve_params, store_files, validate_graph
+from .check import by_content, resolve_params, store_files, validate_graph
 from .plan import Plan, Result, Task, input_hash, job_error, outputs
 from .schema import Artifact, Event, Graph, Job, StepRow, StepSpec, dump_value, revive
 from .why import reasons
@@ -299,6 +299,7 @@ def run(self: LocalRunner,
     fresh: tuple[str, ...] = (),                                 # nodes that must not come from the cache
 ) -> LocalJob:
     "Run a graph to its end in this process; a failed step makes a failed job, never an exception."
+    graph, params = by_content(graph, params, self.store, self.catalogue.steps())
     validate_graph(graph, self.catalogue)
     graph, params = store_files(graph, resolve_params(graph, params), self.store, self.catalogue)
     box: list[LocalJob] = []

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from .content import kinds_of
 from .core import GraphError, InputError, hash_file, hash_json, whole_text
 from .schema import MEDIA, Artifact, Port, StepSpec, check_json, port_type, show_value
 from .source import NotebookError, Sources, cells_of, read_notebook, sources_of, stamp_of
@@ -61,7 +62,7 @@ def fits(
     if type == "any": return True
     if type.startswith("list["): return isinstance(v, list | tuple) and all(fits(o, type[5:-1]) for o in v)
     if isinstance(v, bool): return type == "bool"
-    if type in MEDIA: return isinstance(v, str) or (isinstance(v, Artifact) and type_of(v) in (type, "any"))
+    if type in MEDIA: return isinstance(v, str) or (isinstance(v, Artifact) and type in kinds_of(v.media_type))
     return isinstance(v, dict(str=str, int=int, float=(int, float), list=(list, tuple), dict=dict, bool=bool)[type])
 
 # %% ../nbs/02_spec.ipynb #8d2a1ed8

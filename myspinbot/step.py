@@ -14,6 +14,7 @@ from typing import Any
 
 from fastcore.basics import patch
 
+from .content import open_picture
 from .core import ConfigError, InputError, NotFound, StepFailed, canonical_json, mended, whole_text
 from .schema import Audio, Data, Image, Video, is_media, port_type, text_problem
 
@@ -72,7 +73,7 @@ def preview_jpeg(
     import numpy as np
     from PIL import Image as PILImage
     try:
-        if isinstance(picture, str | os.PathLike): picture = PILImage.open(picture)
+        if isinstance(picture, str | os.PathLike): picture = open_picture(picture)
         elif not isinstance(picture, PILImage.Image):
             a = np.asarray(picture)
             if a.ndim == 3 and a.shape[2] == 1: a = a[..., 0]

@@ -115,15 +115,15 @@ def result_widget(
 ) -> W.Widget | None:
     "An output as a person wants it: a player, a picture, a table of numbers."
     if not isinstance(value, Artifact): return W.HTML(numbers_html({name: value})) if value is not None else None
-    kind = value.media_type.split("/")[0]
+    kind, _, form = value.media_type.partition("/")
     data = client.file(value).read_bytes()
     if kind == "video":
-        return W.Video(value=data, format=value.media_type.split("/")[1], autoplay=False, loop=False,
+        return W.Video(value=data, format=form, autoplay=False, loop=False,
                        layout=W.Layout(max_width="560px", width="100%"))
-    if kind == "audio": return W.Audio(value=data, format=value.media_type.split("/")[1], autoplay=False, loop=False)
+    if kind == "audio": return W.Audio(value=data, format=form, autoplay=False, loop=False)
     if kind == "image": return W.Image(value=data, layout=W.Layout(max_width="100%", width="auto"))
     try: told = numbers_html(json.loads(data))
-    except ValueError: told = ""
+    except (ValueError, RecursionError): told = ""
     return W.HTML(told or f'<span class="soft">{esc(value.name)}, {value.size} bytes</span>')
 
 def results(client: Any, job: Job) -> list[W.Widget]:

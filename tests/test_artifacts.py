@@ -97,6 +97,19 @@ def test_empty_file(store, tmp_path):
     assert a.size == 0 and store.fetch(a, tmp_path / "out").read_bytes() == b""
 
 
+def test_first_bytes_come_without_the_rest(store):
+    a, short, empty = store.put_bytes(PNG), store.put_bytes(b"ab"), store.put_bytes(b"")
+    assert (store.head(a.sha256, 8), store.head(a.sha256)) == (PNG[:8], PNG)
+    assert (store.head(short.sha256, 8), store.head(empty.sha256, 8)) == (b"ab", b"")
+    with pytest.raises(NotFound, match="000000"): store.head("0" * 64)
+    with pytest.raises(InputError, match="Not a sha256"): store.head("../../etc/passwd")
+    if isinstance(store, S3Store):  # over the wire come these bytes and no more
+        store.client._http.clear()
+        seen, request = [], store.client._http.urlopen
+        store.client._http.urlopen = lambda *a, **kw: seen.append(request(*a, **kw)) or seen[-1]
+        assert store.head(a.sha256, 8) == PNG[:8] and [(r.status, r.headers["Content-Length"]) for r in seen] == [(206, "8")]
+
+
 def test_large_file_in_parts(store, tmp_path):
     data = os.urandom(1 << 20) * 40
     (tmp_path / "large.bin").write_bytes(data)

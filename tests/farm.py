@@ -23,6 +23,16 @@ def wait_for(what: str, fn: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     raise AssertionError(f"not within {timeout_s:g} s: {what}")
 
 
+def http_of(client: Client, **options: Any) -> Any:
+    "The HTTP API on a client, in this process, for a caller who has the token."
+    from starlette.testclient import TestClient
+
+    from myspinbot.api import create_app
+    from myspinbot.doors import authorization
+    app = create_app(client)
+    return TestClient(app, base_url="http://127.0.0.1:8470", headers=authorization(client.cfg), **options)
+
+
 class Farm:
     "Control and worker processes that a test starts, kills and looks into."
     def __init__(self, home: Path, redis_url: str, postgres_url: str, pipelines: Path, lease_s: float = 3.0,

@@ -11,13 +11,12 @@ import av
 import ipywidgets as W
 import numpy as np
 import pytest
-from fastapi.testclient import TestClient
+from farm import http_of
 from PIL import EpsImagePlugin
 from PIL import Image as Picture
 from test_doors import picture, sound, video
 
 from myspinbot import film
-from myspinbot.api import create_app
 from myspinbot.catalogue import Catalogue
 from myspinbot.check import check_file
 from myspinbot.core import InputError, SpinError
@@ -170,7 +169,7 @@ def test_other_pictures_that_pillow_knows_are_refused_whatever_they_are_called(f
 def door(farm: Any) -> Iterator[SimpleNamespace]:
     "The HTTP API on the real pipelines, and its client."
     f = farm(ROOT / "pipelines")
-    with TestClient(create_app(f.client)) as http: yield SimpleNamespace(http=http, client=f.client)
+    with http_of(f.client) as http: yield SimpleNamespace(http=http, client=f.client)
 
 
 def film_graph(kind: str = "Video", **params: Any) -> dict[str, Any]:

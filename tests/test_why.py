@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import nbformat
 import pytest
+from farm import http_of
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from myspinbot.catalogue import Catalogue
@@ -200,10 +201,8 @@ def test_workers_say_why_and_see_every_edit(farm, tmp_path: Path) -> None:
     told = cli(f, "why", fourth.id, "it")
     assert "module helper2 changed" in told and f"compared with {third.id}/it" in told
     assert json.loads(cli(f, "why", fourth.id, "it", "--json"))["reasons"] == why(fourth)
-    from fastapi.testclient import TestClient
 
-    from myspinbot.api import create_app
-    with TestClient(create_app(f.client)) as http:
+    with http_of(f.client) as http:
         answer: httpx.Response = http.get(f"/jobs/{fourth.id}/steps/it/why")
         assert answer.status_code == 200 and answer.json()["against"] == f"{third.id}/it"
         assert http.get(f"/jobs/{fourth.id}/steps/no/why").status_code == 404

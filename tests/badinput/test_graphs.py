@@ -17,6 +17,7 @@ from myspinbot.api import create_app
 from myspinbot.catalogue import Catalogue, using
 from myspinbot.check import read_graph, validate_graph
 from myspinbot.core import GraphError, InputError, error_from_dict
+from myspinbot.doors import authorization
 from myspinbot.graph import Pipeline
 from myspinbot.schema import Graph, Node, ParamRef, Port
 
@@ -103,7 +104,8 @@ def http(home: Farm) -> Iterator[httpx.Client]:
     thread.start()
     wait_for("the server listens", lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as c: yield c
+    own = authorization(home.cfg)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=own) as c: yield c
     server.should_exit = True
     thread.join(10)
 

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from farm import Farm, wait_for
-from fastapi.testclient import TestClient
+from farm import Farm, http_of, wait_for
 
-from myspinbot.api import create_app
 from myspinbot.catalogue import Catalogue, NotebookError
 from myspinbot.check import validate_graph
 from myspinbot.core import GraphError, NotFound, SpinError
@@ -200,7 +198,7 @@ def test_a_whole_installation_works_beside_broken_notebooks(farm: Callable[..., 
     said, _ = cli(up, "doctor", code=1)
     assert all(w in said for w in ("bad_one.ipynb", "bad_two.ipynb", "bad_three.ipynb", "broken.ipynb", "is no notebook",
                                    "conda-env-foo-py", "SystemExit"))
-    http = TestClient(create_app(up.client))
+    http = http_of(up.client)
     assert http.get("/pipelines").json()["broken"]["error"]["type"] == "NotebookError"
     assert "toy.mark" in {s["id"] for s in http.get("/steps").json()}
     assert all(p.poll() is None for p in up.procs.values())

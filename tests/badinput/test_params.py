@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from farm import Farm
-from fastapi.testclient import TestClient
+from farm import Farm, http_of
 from PIL import Image
 
-from myspinbot.api import create_app
 from myspinbot.catalogue import Catalogue
 from myspinbot.core import InputError, NotFound, SpinError, error_from_dict
 from myspinbot.runner import LocalRunner
@@ -207,7 +205,7 @@ def test_command_line_refuses_with_the_name_and_the_fix(home: Farm) -> None:
 
 
 def test_http_refuses_with_the_error_of_the_client(home: Farm) -> None:
-    http = TestClient(create_app(home.client), raise_server_exceptions=False)
+    http = http_of(home.client, raise_server_exceptions=False)
     for name, (given, words) in BAD.items():
         if any(o in name for o in ("file", "path", "home")): continue  # over HTTP no path is read at all
         if any(not isinstance(k, str) for o in (given, given.get("table", {})) for k in o): continue  # JSON makes it a text

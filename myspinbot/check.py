@@ -522,14 +522,15 @@ def by_content(
 ) -> tuple[Graph, Mapping[str, Any]]:
     "Graph and parameters with the media type of every artifact put right; raises `InputError` for a file that is not stored."
     check_literals(graph)
-    if isinstance(given, Mapping): check_json(dict(given), f"{graph.name}: ")  # what follows goes as deep as they do
+    named = isinstance(given, Mapping) and all(isinstance(k, str) for k in given)  # else `resolve_params` says what is wrong
+    if named: check_json(dict(given), f"{graph.name}: ")  # what follows goes as deep as they do
     look, kinds = _ByContent(store, strict), {p.name: kind_of(p) for p in graph.params}
     params = tuple(p.model_copy(update=dict(default=look.all(p.default, p.name, kinds[p.name]))) for p in graph.params)
     def inputs(n: Node) -> dict[str, Any]:
         ports = {p.name: kind_of(p) for p in steps[n.step].inputs} if n.step in steps else {}
         return {k: look.all(v, f"{n.id}.{k}", ports.get(k, "any")) for k, v in n.inputs.items()}
     nodes = tuple(n.model_copy(update=dict(inputs=inputs(n))) for n in graph.nodes)
-    if isinstance(given, Mapping): given = {k: look.all(v, k, kinds.get(k, "any")) for k, v in given.items()}
+    if named: given = {k: look.all(v, k, kinds.get(k, "any")) for k, v in given.items()}
     return graph.model_copy(update=dict(params=params, nodes=nodes)), given
 
 # %% ../nbs/03_check.ipynb #b7d10a05

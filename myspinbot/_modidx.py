@@ -579,6 +579,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'myspinbot.doors.is_loopback': ('doors.html#is_loopback', 'myspinbot/doors.py'),
                                  'myspinbot.doors.knock_of': ('doors.html#knock_of', 'myspinbot/doors.py'),
                                  'myspinbot.doors.new_token': ('doors.html#new_token', 'myspinbot/doors.py'),
+                                 'myspinbot.doors.open_doors': ('doors.html#open_doors', 'myspinbot/doors.py'),
                                  'myspinbot.doors.read_token': ('doors.html#read_token', 'myspinbot/doors.py'),
                                  'myspinbot.doors.refusal': ('doors.html#refusal', 'myspinbot/doors.py'),
                                  'myspinbot.doors.token_path': ('doors.html#token_path', 'myspinbot/doors.py'),

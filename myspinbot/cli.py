@@ -316,6 +316,9 @@ def checks() -> Iterator[tuple[str, bool, str, str]]:
     home = settings().home
     near = next(p for p in [home, *home.parents] if p.exists())
     yield "data folder", os.access(near, os.W_OK), str(home), f"Make {near} writable, or set SPIN_HOME."
+    from myspinbot.doors import open_doors
+    stand_open = open_doors(settings())
+    yield "doors", not stand_open, "; ".join(o for o, _ in stand_open) or "closed", " ".join(o for _, o in stand_open)
     free = psutil.disk_usage(str(near)).free / 1e9
     yield "disk", free > 2, f"{free:.0f} GB free", "Free 2 GB, or set SPIN_HOME to another disk."
     ram = psutil.virtual_memory().available / 1e9

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'LOGIN_RULES', 'LOGIN', 'token_path', 'new_token', 'read_token', 'ensure_token', 'authorization', 'with_token',
-           'Knock', 'is_loopback', 'host_name', 'Caller', 'Door', 'refusal', 'knock_of', 'DoorKeeper']
+           'Knock', 'is_loopback', 'host_name', 'Caller', 'Door', 'open_doors', 'refusal', 'knock_of', 'DoorKeeper']
 
 # %% ../nbs/44_doors.ipynb #44d00002
 import hashlib, hmac, os, re, secrets
@@ -182,6 +182,17 @@ def welcome(self: Door, knock: Knock) -> dict[str, str]:  # headers of the answe
             "Set-Cookie": f"{self.cookie_name(knock)}={self.cookie(knock)}; {flags}"}
 
 # %% ../nbs/44_doors.ipynb #44d00013
+def open_doors(cfg: Settings) -> list[tuple[str, str]]:  # what is open, how to close it
+    "What strangers could reach."
+    found = []
+    if cfg.auth == "none": found.append(("SPIN_AUTH=none: anybody on this machine may use API and studio", "Unset SPIN_AUTH."))
+    for path, most in ((cfg.home, 0o711), (token_path(cfg), 0o600)):
+        try: mode = path.stat().st_mode & 0o777
+        except OSError: continue
+        if mode & ~most: found.append((f"{path} is open to others (mode {mode:03o})", f"chmod {most & 0o700:o} {path}"))
+    return found
+
+# %% ../nbs/44_doors.ipynb #44d00016
 LOGIN_RULES = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 LOGIN = """<!doctype html><html lang="en"><meta charset="utf-8"><title>MySpinBot</title>
 <style>body{font:16px system-ui,sans-serif;max-width:34em;margin:15vh auto;padding:0 1em;line-height:1.5}
@@ -200,7 +211,7 @@ def refusal(knock: Knock, e: AccessDenied) -> tuple[int, dict[str, str], bytes]:
         return status, common | {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": LOGIN_RULES}, page
     return status, common | {"Content-Type": "application/json"}, json.dumps(e.to_dict()).encode()
 
-# %% ../nbs/44_doors.ipynb #44d00014
+# %% ../nbs/44_doors.ipynb #44d00017
 from typing import Any
 
 def knock_of(scope: Mapping[str, Any]) -> Knock:

@@ -9,6 +9,7 @@ __all__ = ['OPEN', 'LOGIN_RULES', 'LOGIN', 'token_path', 'new_token', 'read_toke
 # %% ../nbs/44_doors.ipynb #44d00002
 import hashlib, hmac, os, re, secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -29,12 +30,18 @@ def _checked(token: str, where: str) -> str:
     keep_secret(token)
     return token
 
-def new_token(cfg: Settings) -> str:
+def new_token(
+    cfg: Settings,
+    replace: bool = True,  # False: one that another process has just put there stays
+) -> str:
     "Put a new token into the data folder."
     path, token = own_folder(cfg.home) / "token", secrets.token_urlsafe(32)
     part = path.with_name(f".token-{secrets.token_hex(4)}")
     with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f: f.write(f"{token}\n")
-    os.replace(part, path)
+    if not replace:
+        with suppress(FileExistsError): os.link(part, path)
+        part.unlink()
+    else: os.replace(part, path)
     return read_token(cfg)
 
 def read_token(cfg: Settings | None = None) -> str:
@@ -51,7 +58,7 @@ def ensure_token(cfg: Settings) -> str:
     "The token; the data folder gets one when it has none, or when others could read it."
     if cfg.token.get_secret_value() or cfg.token_file: return read_token(cfg)
     try: seen = token_path(cfg).stat()
-    except FileNotFoundError: return new_token(cfg)
+    except FileNotFoundError: return new_token(cfg, replace=False)
     return new_token(cfg) if seen.st_mode & 0o077 else read_token(cfg)
 
 def authorization(cfg: Settings | None = None) -> dict[str, str]:

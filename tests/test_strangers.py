@@ -348,6 +348,16 @@ if os.geteuid() == 0:
                 subprocess.run(["rm", "-rf", str(e.postgres_folder)], check=True)
 
 
+def test_processes_that_start_at_once_have_one_token(tmp_path: Path) -> None:
+    code = ("import sys; from myspinbot.core import Settings; from myspinbot.doors import ensure_token; sys.stdin.read(1);"
+            "print(ensure_token(Settings(home=sys.argv[1])))")
+    for n in range(3):
+        command = [sys.executable, "-c", code, str(tmp_path / str(n))]
+        procs = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(6)]
+        for p in procs: p.stdin.write("go")
+        assert len({p.communicate(timeout=60)[0] for p in procs}) == 1
+
+
 def test_token_of_an_open_file_is_replaced_and_a_bad_one_refused(tmp_path: Path) -> None:
     from myspinbot.core import Settings
     cfg = Settings(home=tmp_path / "home")

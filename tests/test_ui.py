@@ -155,7 +155,47 @@ def test_page_runs_in_voila_without_an_error(voila: SimpleNamespace) -> None:
     assert "Traceback" not in page and "error" not in re.findall(r'"output_type": ?"(\w+)"', page)
 
 
+def in_every_state(site: Farm, gate: Path) -> set[str]:
+    "Jobs in every state that a job can be in, the newest of which is queued; conductor and worker have ended."
+    c = site.client
+    assert site.done(c.submit("branches", {}).id).status == "succeeded"
+    c.cancel(c.submit("branches", dict(gate=str(gate))).id)
+    ask = Graph(name="ask", nodes=(Node(id="ok", step="flow.approve", inputs=dict(prompt="Go on?")),))
+    no, asked = c.submit(ask, {}), c.submit(ask, {})
+    for o in (no, asked): wait_for("the question", lambda o=o: c.job(o.id).status == "waiting")
+    c.approve(no.id, "ok", approved=False)
+    assert site.done(no.id).status == "failed"
+    held = c.submit("branches", dict(gate=str(gate)))
+    wait_for("a step at work", lambda: (r := site.step(held.id, "slow")) and r.status == "running")
+    for name in ("control", "w1"): site.kill(name)
+    c.submit("branches", {})
+    return {j.status for j in c.jobs()}
+
+
 if BROWSER or os.environ.get("CI"):  # elsewhere the page is still executed by Voila in the test above
+    @pytest.mark.timeout(600)
+    def test_page_shows_its_form_each_time_whatever_the_newest_job_does(voila: SimpleNamespace, tmp_path: Path) -> None:
+        from playwright.sync_api import expect, sync_playwright
+        site = voila.site
+        assert in_every_state(site, tmp_path / "gate") == {"queued", "running", "waiting", "succeeded", "failed", "cancelled"}
+        jobs = site.client.jobs()
+        with sync_playwright() as p, p.chromium.launch(executable_path=BROWSER, args=[*FLAGS]) as browser:
+            context = browser.new_context()
+            expect.set_options(timeout=90_000)
+            context.new_page().goto(f"{voila.url}/health?token={voila.token}")
+            for n in range(0, 20, 2):  # two at a time
+                pages = []
+                for i in range(n, n + 2):
+                    job = jobs[i % len(jobs)]
+                    pages.append((context.new_page(), job))
+                    pages[-1][0].goto(f"{voila.url}/?job={job.id}" if i % 3 else voila.url, wait_until="commit")
+                for i, (page, job) in enumerate(pages, n):
+                    expect(page.locator("button.spin-go")).to_have_text("Run Branches")
+                    expect(page.locator(".spin-job p .spin-badge").first).to_have_text((job if i % 3 else jobs[0]).status)
+                    expect(page.locator("button.spin-row")).to_have_count(len(jobs))
+                    assert "Traceback" not in page.content()
+                    page.close()
+
     def test_person_makes_reloads_cancels_and_retries_in_a_browser(voila: SimpleNamespace, tmp_path: Path) -> None:
         from playwright.sync_api import expect, sync_playwright
         site, gate, asked = voila.site, tmp_path / "gate", []

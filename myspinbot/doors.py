@@ -67,7 +67,8 @@ def authorization(cfg: Settings | None = None) -> dict[str, str]:
 
 def with_token(address: str, cfg: Settings | None = None) -> str:
     "The address that opens a page in a browser."
-    return address if (cfg or settings()).auth == "none" else f"{address}?token={read_token(cfg)}"
+    if (cfg or settings()).auth == "none": return address
+    return f"{address}{'' if urlsplit(address).path else '/'}?token={read_token(cfg)}"
 
 # %% ../nbs/44_doors.ipynb #44d00008
 @dataclass(frozen=True)

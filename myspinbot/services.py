@@ -201,17 +201,18 @@ def stop(self: Stack, timeout_s: float = 40.0) -> None:
 
 @patch
 def wait_ready(self: Stack, timeout_s: float = 60.0) -> None:
-    "Until the API answers; raises `ServiceUnavailable` with the end of the log."
+    "Until the API and the studio answer; raises `ServiceUnavailable` with the end of the log."
     import httpx
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         try:
             headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-            if httpx.get(self.state["api"] + "/health", timeout=2, headers=headers).status_code == 200: return
+            places = [o for o in (self.state["api"], self.state["dashboards"]) if o]
+            if all(httpx.get(f"{o}/health", timeout=2, headers=headers).status_code == 200 for o in places): return
         except httpx.HTTPError: pass
         dead = next((c for c in self.children if c.proc is None), None)
         if dead: break
         time.sleep(0.1)
     tail = (self.cfg.logs_dir / "control.log").read_text(errors="replace")[-1500:]
-    raise ServiceUnavailable(f"The control process did not come up within {timeout_s:g} s.",
-        f"Its log ends with:\n{tail}")
+    raise ServiceUnavailable(f"The API or the studio did not answer within {timeout_s:g} s.",
+        f"Logs: {self.cfg.logs_dir}. The one of the control process ends with:\n{tail}")

@@ -74,7 +74,7 @@ def keep_password(url: str) -> None:
     "Never tell the password in this address again, also where the address is mistyped."
     _, there, rest = url.partition("://")
     login, at, place = (rest if there else url).rpartition("@")
-    if at: found = [login.partition(":")[2] or login, login.rpartition(":")[2], *([] if there else [url])]
+    if at: found = [o for o in (login.partition(":")[2], login.rpartition(":")[2]) if ":" in login] + ([] if there else [url])
     else: found = [tail] if ":" in place and not (tail := re.split("[/?#]", place.rpartition(":")[2])[0]).isdigit() else []
     for o in found:
         keep_secret(o)

@@ -75,7 +75,7 @@ def connect(
     if not url.startswith("unix:"): options["socket_keepalive"] = True
     try: return redis.Redis.from_url(url, **options)
     except (ValueError, redis.RedisError) as e:
-        raise ServiceUnavailable(f"Not a Redis URL: {masked(url)!r} ({e}).",
+        raise ServiceUnavailable(f"Not a Redis URL: {url!r} ({e}).",
                                  "It looks like redis://127.0.0.1:6379/0.") from e
 
 @contextmanager

@@ -496,7 +496,7 @@ class _ByContent:
 
     def one(self, a: Artifact, where: str, kind: str) -> Artifact:
         if self.strict and not _MEDIA_TYPE.fullmatch(a.media_type):
-            raise InputError(f"{where}: {show_value(a.media_type)} is no media type.", "Write type/subtype, such as video/mp4.")
+            raise InputError(f"{where}: {show_value(a.media_type)} is not a media type.", "Write type/subtype, such as video/mp4.")
         if a.sha256 not in self.heads:
             try: self.heads[a.sha256] = self.store.head(a.sha256)
             except NotFound as e:

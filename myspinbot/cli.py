@@ -228,6 +228,7 @@ def token(new: Annotated[bool, typer.Option("--new", help="Make a new one; then 
         raise InputError("The token comes from SPIN_TOKEN or SPIN_TOKEN_FILE.", "Change it there.")
     print(new_token(cfg) if new else ensure_token(cfg))
 
+# %% ../nbs/60_cli.ipynb #ef819cb1
 @app.command(rich_help_panel="Services")
 def up(
     workers: Annotated[int | None, typer.Option(help="Workers to start; default SPIN_WORKERS.")] = None,
@@ -340,10 +341,10 @@ def doctor(as_json: Json = False) -> None:
     rows = list(checks())
     if as_json: show_json([dict(name=n, ok=ok, found=f, mend="" if ok else m) for n, ok, f, m in rows])
     else:
-        for n, ok, found, mend in rows:
+        for n, ok, found, fix in rows:
             mark = Text("ok     ", "green") if ok else Text("missing", "red")
             out.print(mark, f"{n:<24} {found}", soft_wrap=True)
-            if not ok: out.print(f"        {mend}", style="bold", soft_wrap=True)
+            if not ok: out.print(f"        {fix}", style="bold", soft_wrap=True)
     if not all(ok for _, ok, _, _ in rows): raise typer.Exit(1)
 
 # %% ../nbs/60_cli.ipynb #d4799b29

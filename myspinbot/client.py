@@ -84,10 +84,22 @@ def submit(self: Client,
     fresh: tuple[str, ...] = (),              # nodes that must not come from the cache
 ) -> Job:
     "Accept a job; raises `InputError`, `GraphError` or `NotFound` and then has accepted nothing."
+    return self.accept(self.graph(pipeline), {} if params is None else params, priority=priority,
+                       idempotency_key=idempotency_key, parent=parent, fresh=fresh)
+
+@patch
+def accept(self: Client,
+    graph: Graph,
+    given: Mapping[str, Any],
+    strict: bool = True,  # refuse a malformed media type; a job of old may hold one
+    *,
+    priority: str = "normal", idempotency_key: str | None = None, parent: str | None = None, fresh: tuple[str, ...] = (),
+) -> Job:
+    "Check, store the files, write the job down, tell the conductor."
     if priority not in ("high", "normal", "low"): raise InputError(f"priority is {show_value(priority)}.",
         "Use high, normal or low.")
     for key, what in ((idempotency_key, "idempotency key"), (parent, "parent")): check_key(key, what)
-    g, given = by_content(self.graph(pipeline), {} if params is None else params, self.store, self.catalogue.steps())
+    g, given = by_content(graph, given, self.store, self.catalogue.steps(), strict)
     validate_graph(g, self.catalogue)
     g, values = store_files(g, resolve_params(g, given), self.store, self.catalogue)
     job = self.journal.submit(g, values, priority=priority, idempotency_key=idempotency_key, parent=parent, fresh=fresh)
@@ -209,8 +221,7 @@ def rerun(self: Client,
     if from_step and from_step not in ids: raise NotFound(f"Job {id} has no step {from_step!r}.",
         f"Its steps: {', '.join(ids)}.")
     fresh = {from_step, *downstream(old.graph, from_step)} if from_step else set(ids)
-    graph, params = by_content(old.graph, old.params, self.store, self.catalogue.steps(), strict=False)
-    return self.submit(graph, params, priority=old.priority, parent=id,
+    return self.accept(old.graph, old.params, strict=False, priority=old.priority, parent=id,
         fresh=tuple(i for i in ids if i in fresh))
 
 @patch

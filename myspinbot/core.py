@@ -67,11 +67,11 @@ _BEARER = re.compile(r"(?i)\b(bearer) [\w.~+/=-]{6,}")
 _BEFORE_AT = re.compile(r"(?<![^\s'\"<>\\])[^\s'\"<>\\]*@")  # up to the last @ of a word: a password may hold @ and /
 
 def keep_secret(value: str) -> None:
-    "Never tell this value again."
+    "Hide this value in every message from now on."
     if len(value) >= 6: _kept.add(value)
 
 def keep_password(url: str) -> None:
-    "Never tell the password in this address again, also where the address is mistyped."
+    "Hide the password of this address from now on, even if the address is mistyped."
     _, there, rest = url.partition("://")
     login, at, place = (rest if there else url).rpartition("@")
     if at: found = [o for o in (login.partition(":")[2], login.rpartition(":")[2]) if ":" in login] + ([] if there else [url])
@@ -233,7 +233,7 @@ def own_folder(
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         seen = path.stat()
-        if seen.st_uid == os.geteuid() and seen.st_mode & 0o066: path.chmod(0o700)  # to pass through is no harm: see `embedded`
+        if seen.st_uid == os.geteuid() and seen.st_mode & 0o066: path.chmod(0o700)  # passing through does no harm: see `embedded`
     except OSError as e:
         raise ConfigError(f"{path} cannot be the data folder: {e.strerror or e}.",
                           "Set SPIN_HOME to a folder that you can write.") from e

@@ -276,6 +276,7 @@ def note(self: Embedded, file: Path, folder: Path) -> None:
     (tmp := file.with_suffix(".part")).write_text(json.dumps(dict(folder=str(folder))))
     os.replace(tmp, file)
 
+# %% ../nbs/15_embedded.ipynb #2af0e6b1
 @patch
 def make_room(self: Embedded, user: pwd.struct_passwd) -> None:
     "As root: see that PostgreSQL's user can reach its data, in the data folder or elsewhere."
@@ -303,6 +304,7 @@ def sweep_places() -> None:
         if not fresh and home.is_relative_to(tempfile.gettempdir()) and not home.exists() and not strays(note.parent / "postgres"):
             shutil.rmtree(note.parent, ignore_errors=True)
 
+# %% ../nbs/15_embedded.ipynb #2af0e6b2
 @patch
 def launch(self: Embedded, args: list[str], log: str, **kw: Any) -> subprocess.Popen:
     "Start a server in a session of its own, so that a Ctrl-C at the terminal does not reach it."

@@ -79,7 +79,7 @@ def _endpoint(cfg: Settings, path: str) -> str:
     set_it = "Set SPIN_LLM_BASE_URL to an OpenAI-compatible endpoint, such as Ollama's http://127.0.0.1:11434/v1"
     base = cfg.llm_base_url.get_secret_value().strip()
     if not base: raise ConfigError("No language model is configured.", f"{set_it}.")
-    bad = f"SPIN_LLM_BASE_URL={masked(base)!r} is not an http address"
+    bad = f"SPIN_LLM_BASE_URL={base!r} is not an http address"
     try: url = URL(base.rstrip("/") + path)
     except (InvalidURL, ValueError) as e: raise ConfigError(f"{bad}: {e}.", f"{set_it}.") from e
     if url.scheme not in ("http", "https") or not url.host: raise ConfigError(f"{bad}.", f"{set_it}.")
@@ -95,10 +95,10 @@ async def _call(cfg: Settings, method: str, path: str, body: dict[str, Any] | No
         async with asyncio.timeout(cfg.llm_timeout_s), httpx.AsyncClient(timeout=None, trust_env=not near) as http:
             r = await http.request(method, url, json=body, headers=headers)
     except TimeoutError as e:
-        raise ServiceUnavailable(f"The language model at {masked(url)} gave no answer within {cfg.llm_timeout_s:g} s.",
+        raise ServiceUnavailable(f"The language model at {url} gave no answer within {cfg.llm_timeout_s:g} s.",
                                  "Raise SPIN_LLM_TIMEOUT_S or use a smaller model.", url=masked(url)) from e
     except httpx.TransportError as e:
-        raise ServiceUnavailable(f"The language model at {masked(url)} cannot be reached: {e or type(e).__name__}.",
+        raise ServiceUnavailable(f"The language model at {url} cannot be reached: {e or type(e).__name__}.",
                                  "Start it, or correct SPIN_LLM_BASE_URL.", url=masked(url)) from e
     try: return r.status_code, r.json()
     except ValueError: return r.status_code, r.text
@@ -144,7 +144,7 @@ async def chat(
     if status != 200: raise _refusal(cfg, model, url, status, found)
     try: answer = found["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError) as e:
-        raise ConfigError(f"{masked(url)} does not answer like an OpenAI-compatible server: {_said(found)[:120]}.",
+        raise ConfigError(f"{url} does not answer like an OpenAI-compatible server: {_said(found)[:120]}.",
                           "Check SPIN_LLM_BASE_URL; it usually ends in /v1.", url=masked(url)) from e
     return answer or ""
 

@@ -145,7 +145,7 @@ def trouble_log() -> logging.Logger:
     return log
 
 def excuse(e: Exception) -> SpinError:
-    "What a visitor is told; an error that nobody foresaw is a sentence, and its traceback goes to the log."
+    "What a visitor reads: an unexpected error becomes a sentence, and its traceback goes to the log."
     if isinstance(e, SpinError): return e
     trouble_log().error("%s", masked("".join(traceback.format_exception(e))))
     return SpinError(f"Something went wrong in the studio: {type(e).__name__}.", "logs/studio.log in the data folder says more.")

@@ -56,7 +56,7 @@ def tone(path: Path, form: str, codec: str, **options: str) -> Path:
 
 @pytest.fixture
 def private(tmp_path: Path) -> Path:
-    "A folder with files that nobody may see."
+    "A folder with private files."
     (folder := tmp_path / "private").mkdir()
     encode(folder / "secret.ts", "mpegts", "mpeg2video")
     encode(folder / "secret.mp4", "mp4", "mpeg4")
@@ -258,7 +258,7 @@ def test_a_media_type_in_a_request_is_type_and_subtype(door: SimpleNamespace) ->
         for way, ask in WAYS.items():
             r = door.http.post("/jobs", json=ask(a | dict(media_type=bad)))
             assert r.status_code == 422 and r.json()["type"] == "InputError", (bad, way, r.text)
-            assert "is no media type" in r.json()["message"] and "type/subtype" in r.json()["hint"], r.text
+            assert "is not a media type" in r.json()["message"] and "type/subtype" in r.json()["hint"], r.text
     assert door.http.get("/jobs").json() == []
 
 

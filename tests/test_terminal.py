@@ -53,7 +53,7 @@ text_, fail_ = p.param("text", str, default=TITLE, help=TITLE), p.param("fail", 
 more_ = p.param("more", "list[str]", default=[])
 loud = p.step("toy.loud", id="loud", text=text_, fail=fail_)
 p.output(value=loud.value, file=loud.file)'''
-TOMORROW = '''"A command that somebody adds tomorrow, and that knows nothing of terminals."
+TOMORROW = '''"A command added tomorrow, whose author knows nothing of terminals."
 import logging, os, sys, threading, warnings
 import structlog
 from rich.table import Table

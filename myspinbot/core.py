@@ -95,8 +95,8 @@ def masked(text: str) -> str:
     return _BEARER.sub(r"\1 ***", text) if "earer " in text.lower() else text
 
 def secret_variable(name: str) -> bool:
-    "Does this environment variable of ours hold a secret, or say where one is? Step kernels do not inherit it."
-    return re.fullmatch(r"SPIN_\w*(URL|TOKEN|TOKEN_FILE|KEY|PASSWORD|SECRET)", name, re.I) is not None
+    "Does this environment variable hold a secret of ours, or say where one is? Step kernels do not inherit it."
+    return re.fullmatch(r"JUPYTER_TOKEN|SPIN_\w*(URL|TOKEN|TOKEN_FILE|KEY|PASSWORD|SECRET)", name, re.I) is not None
 
 # %% ../nbs/00_core.ipynb #ed9194d5
 class SpinError(Exception):

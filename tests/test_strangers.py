@@ -262,6 +262,7 @@ def stack() -> Iterator[SimpleNamespace]:
                                   metadata=dict(myspinbot=about, kernelspec=kernel))
     nbformat.write(nb, pipelines / "steps" / "toy_told.ipynb")
     env = os.environ | dict(SPIN_HOME=str(home), SPIN_PIPELINES_DIR=str(pipelines), SPIN_CONTROL_PORT="0", spin_token_file="",
+                            JUPYTER_TOKEN="token-of-jupyterlab",  # as `myspinbot lab` sets it
                             SPIN_LLM_API_KEY="key-of-a-model", SPIN_LLM_BASE_URL="http://me:password-of-a-model@127.0.0.1:9/v1")
     log = open(place / "up.log", "wb")
     command = [sys.executable, "-m", "myspinbot.cli", "up", "--no-dashboards"]
@@ -317,7 +318,8 @@ def test_step_notebooks_inherit_no_address_no_token_and_no_key(stack: SimpleName
     token = (stack.home / "token").read_text().strip()
     assert "SPIN_HOME" in ran.job.outputs["value"], "the environment was told"
     assert [o for o in ran.job.outputs["value"] if re.search(r"(?i)^spin_.*(url|token|key)", o)] == []
-    for secret in (token, "key-of-a-model", "password-of-a-model", "postgresql://", "unix:/"): assert secret not in ran.record
+    secrets = token, "token-of-jupyterlab", "key-of-a-model", "password-of-a-model", "postgresql://", "unix:/"
+    assert [o for o in secrets if o in ran.record] == []
     for p in stack.home.rglob("*"):
         if p.is_file() and p.name != "token" and token.encode() in p.read_bytes(): pytest.fail(f"the token stands in {p}")
 

@@ -36,12 +36,13 @@ def running(journal: Journal, n: int) -> list[tuple[Job, StepRow]]:
     return [(j, journal.claim_step(j.id, "say", "w", 600)) for j in jobs]
 
 
-def at_once(*calls: Callable[[], Any]) -> list[Any]:
-    "All calls from one starting line, in threads; their answers, or the errors that they raised."
+def at_once(*calls: Callable[[], Any], within_s: float = 0.0) -> list[Any]:
+    "All calls from one starting line, in threads, each within so long; their answers, or the errors that they raised."
     line = threading.Barrier(len(calls))
 
     def call(fn: Callable[[], Any]) -> Any:
         line.wait()
+        if within_s: time.sleep(random.random() * within_s)  # else the line's own order can win every time
         try: return fn()
         except Conflict as e: return e
     with ThreadPoolExecutor(len(calls)) as ex: return list(ex.map(call, calls))
@@ -130,7 +131,8 @@ def test_retry_racing_cancel_leaves_one_of_both(journal):
     for job, row in running(journal, 150):
         journal.fail_step(job.id, "say", row.attempt, {"message": "boom"})
         journal.finish_job(job.id, job.epoch, "failed", error={"message": "boom"})
-        answers = at_once(lambda: journal.retry_job(job.id), lambda: journal.cancel_job(job.id), lambda: journal.retry_job(job.id))  # noqa: B023
+        answers = at_once(lambda: journal.retry_job(job.id), lambda: journal.cancel_job(job.id), lambda: journal.retry_job(job.id),  # noqa: B023
+                          within_s=0.004)
         now, [step] = journal.job(job.id), journal.steps(job.id)
         told = [e for e in journal.events(job.id) if e.kind == "job"]
         assert told[-1].body["status"] == now.status in ("queued", "cancelled") and told[-1].body["epoch"] == now.epoch

@@ -1428,6 +1428,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'myspinbot/studio_server.py'),
                                          'myspinbot.studio_server.PageKernels.__init__': ( 'studio_server.html#pagekernels.__init__',
                                                                                            'myspinbot/studio_server.py'),
+                                         'myspinbot.studio_server.PageKernels.end': ( 'studio_server.html#pagekernels.end',
+                                                                                      'myspinbot/studio_server.py'),
                                          'myspinbot.studio_server.PageKernels.end_if_gone': ( 'studio_server.html#pagekernels.end_if_gone',
                                                                                               'myspinbot/studio_server.py'),
                                          'myspinbot.studio_server.PageKernels.notify_connect': ( 'studio_server.html#pagekernels.notify_connect',

@@ -35,13 +35,16 @@ class PageKernels(AsyncMappingKernelManager):
     def __init__(self, **kw: Any):
         super().__init__(**kw)
         self.expected: set[str] = set()  # kernels that are being started
-        self.since: dict[str, float] = {}  # kernel without a page -> since when, on the monotonic clock
+        self.since: dict[str, float] = {}  # kernel without a page -> since when, on the monotonic clock; longest first
+        self.left: set[str] = set()  # those whose page has gone, and is not still loading
 
     async def start_kernel(self, **kw: Any) -> str:
         "Start a kernel for a page; an HTTP error 503 when there are too many."
         id = kw["kernel_id"] = kw.get("kernel_id") or self.new_kernel_id(**kw)
-        if len(self.expected | set(self.list_kernel_ids())) >= self.limit:
-            raise HTTPError(503, f"{self.limit} pages are open already")
+        while len(self.expected | set(self.list_kernel_ids())) >= self.limit:
+            gone = next((o for o in self.since if o in self.left), None)
+            if gone is None: raise HTTPError(503, f"{self.limit} pages are open already")
+            await self.end(gone)
         self.expected.add(id)
         try: await super().start_kernel(**kw)
         finally: self.expected.discard(id)
@@ -51,23 +54,31 @@ class PageKernels(AsyncMappingKernelManager):
     def notify_disconnect(self, kernel_id: str) -> None:
         "A WebSocket of a page was closed."
         super().notify_disconnect(kernel_id)
-        if not self._kernel_connections.get(kernel_id): self.watch(kernel_id, self.gone_s)
+        if not self._kernel_connections.get(kernel_id):
+            self.left.add(kernel_id)
+            self.watch(kernel_id, self.gone_s)
 
     def notify_connect(self, kernel_id: str) -> None:
         "A page opened its WebSocket."
         super().notify_connect(kernel_id)
         self.since.pop(kernel_id, None)
+        self.left.discard(kernel_id)
 
     def watch(self, id: str, wait_s: float) -> None:
         "Look again later whether a page has come."
+        self.since.pop(id, None)
         self.since[id] = began = time.monotonic()
         IOLoop.current().call_later(wait_s, self.end_if_gone, id, began)
 
     async def end_if_gone(self, id: str, began: float) -> None:
         "End a kernel to which no page has come since."
-        if self.since.get(id) != began: return
-        self.since.pop(id)
-        if id in self and not self._kernel_connections.get(id): await self.shutdown_kernel(id, now=True)
+        if self.since.get(id) == began and not self._kernel_connections.get(id): await self.end(id)
+
+    async def end(self, id: str) -> None:
+        "End a kernel and forget it."
+        self.since.pop(id, None)
+        self.left.discard(id)
+        if id in self: await self.shutdown_kernel(id, now=True)
 
 # %% ../nbs/51_studio_server.ipynb #51d00006
 def knock_of(request: HTTPServerRequest) -> Knock:

@@ -498,9 +498,11 @@ class _ByContent:
         if self.strict and not _MEDIA_TYPE.fullmatch(a.media_type):
             raise InputError(f"{where}: {show_value(a.media_type)} is not a media type.", "Write type/subtype, such as video/mp4.")
         if a.sha256 not in self.heads:
-            try: self.heads[a.sha256] = self.store.head(a.sha256)
+            try:
+                if self.store.keep(a.sha256) != a.size: raise NotFound(f"No file of {a.size} bytes.")
+                self.heads[a.sha256] = self.store.head(a.sha256)
             except NotFound as e:
-                said = f"{where}: the file {show_value(a.name)} ({a.sha256[:12]}) is not stored."
+                said = f"{where}: the file {show_value(a.name)} ({a.sha256[:12]}, {a.size} bytes) is not stored."
                 raise InputError(said, "Upload it first.") from e
         return a.model_copy(update=dict(media_type=true_type(self.heads[a.sha256], a.media_type, kind == "Data")))
 
@@ -516,7 +518,7 @@ class _ByContent:
 def by_content(
     graph: Graph,
     given: Mapping[str, Any],  # parameters, as a user or a request gave them
-    store: Any,                # has `head(sha256) -> bytes`
+    store: Any,                # has `head(sha256) -> bytes` and `keep(sha256)`
     steps: Mapping[str, StepSpec],
     strict: bool = True,       # refuse a malformed media type; a job of old may hold one
 ) -> tuple[Graph, Mapping[str, Any]]:

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['app', 'COLORS', 'Json', 'JobId', 'out', 'err', 'PlainConsole', 'PlainStream', 'main', 'print_error', 'show_json',
-           'status_text', 'table', 'parse_params', 'client', 'full_id', 'job_json', 'step_json', 'plain_values',
-           'hide_secrets', 'log_to_stderr', 'stop_on_signal', 'control', 'worker', 'dashboards', 'dashboards_dir',
-           'lab', 'door_token', 'show_addresses', 'token', 'up', 'down', 'health_text', 'status', 'checks', 'doctor',
-           'Field', 'watch_job', 'report', 'submit', 'csv_rows', 'read_table', 'batch', 'jobs', 'show', 'why', 'logs',
-           'act', 'cancel', 'retry', 'rerun', 'approve', 'pipelines', 'steps', 'demo']
+           'status_text', 'table', 'parse_params', 'client', 'full_id', 'job_json', 'step_json', 'start_log',
+           'stop_on_signal', 'control', 'api', 'worker', 'dashboards', 'dashboards_dir', 'lab', 'door_token',
+           'show_addresses', 'token', 'up', 'down', 'health_text', 'status', 'checks', 'doctor', 'Field', 'watch_job',
+           'report', 'submit', 'csv_rows', 'read_table', 'batch', 'jobs', 'show', 'why', 'logs', 'act', 'cancel',
+           'retry', 'rerun', 'approve', 'pipelines', 'steps', 'demo']
 
 # %% ../nbs/60_cli.ipynb #ac004afb
-import csv, io, json, logging, os, re, shutil, signal, sys, threading, time
+import csv, io, json, os, re, shutil, signal, sys, threading, time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import structlog, typer
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.segment import Segment
@@ -27,6 +27,7 @@ from rich.text import Text
 
 from .core import InputError, NotFound, SpinError, error_from_dict, masked, printable, printable_json, settings
 from .keys import work_stream
+from .logs import log_to
 from .schema import JobStatus, show_value
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -109,23 +110,11 @@ def job_json(j: Any) -> dict[str, Any]:
 
 def step_json(s: Any) -> dict[str, Any]: return s.model_dump(mode="json") | dict(seconds=s.seconds)
 
-def plain_values(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
-    "A log line's values, in text only."
-    shown = {k: v if isinstance(v, str) else repr(v) for k, v in event.items()}
-    return {k: v if printable(shown[k]) is shown[k] else printable(shown[k]) for k, v in event.items()}
-
-def hide_secrets(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
-    "A structlog processor: no password, token or key in a log line."
-    return {k: v if isinstance(v, int | float | None) else masked(str(v)) for k, v in event.items()}
-
-def log_to_stderr() -> None:
-    "Structured log lines for long-running processes."
-    level = getattr(logging, settings().log_level.upper())
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(err.file),
-        processors=[structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info, plain_values, hide_secrets,
-                    structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())])
+def start_log() -> None:
+    "Log lines for long-running processes, which may hold many connections at once."
+    log_to(err.file)
+    from myspinbot.limits import raise_file_limit
+    raise_file_limit()
 
 def stop_on_signal() -> threading.Event:
     "An event that SIGTERM and SIGINT set; a second signal ends the process at once."
@@ -139,25 +128,24 @@ def stop_on_signal() -> threading.Event:
 # %% ../nbs/60_cli.ipynb #f0caa269
 @app.command(rich_help_panel="Processes")
 def control() -> None:
-    "Run a conductor, the reconciler and the HTTP API until stopped."
-    log_to_stderr()
+    "Run a conductor and the reconciler until stopped."
+    start_log()
     import socket
-    import uvicorn
-    from myspinbot.api import create_app
     from myspinbot.client import Client
     from myspinbot.conductor import Conductor
-    stop, cfg = stop_on_signal(), settings()
+    stop = stop_on_signal()
     with Client() as c:
-        conductor = Conductor(c.journal, c.bridge, c.events, c.store, c.catalogue,
-            f"{socket.gethostname()}:{os.getpid()}")
-        server = uvicorn.Server(uvicorn.Config(create_app(c), host=cfg.control_host, port=cfg.control_port,
-            log_level="warning", timeout_graceful_shutdown=3))
-        server.install_signal_handlers = lambda: None
-        api = threading.Thread(target=server.run, name="api", daemon=True)
-        api.start()
-        conductor.run(stop)
-        server.should_exit = True
-        api.join(5)
+        Conductor(c.journal, c.bridge, c.events, c.store, c.catalogue, f"{socket.gethostname()}:{os.getpid()}").run(stop)
+
+@app.command(rich_help_panel="Processes")
+def api() -> None:
+    "Serve the HTTP API until stopped."
+    start_log()
+    from myspinbot.api import create_app
+    from myspinbot.client import Client
+    from myspinbot.limits import serve
+    stop, cfg = stop_on_signal(), settings()
+    with Client() as c: serve(create_app(c), cfg.control_host, cfg.control_port, stop)
 
 @app.command(rich_help_panel="Processes")
 def worker(
@@ -166,7 +154,7 @@ def worker(
     slots: Annotated[int, typer.Option(min=0, max=256, help="Steps at once; default SPIN_SLOTS.")] = 0,
 ) -> None:
     "Run a worker until stopped; it drains first."
-    log_to_stderr()
+    start_log()
     from myspinbot.client import Client
     from myspinbot.services import worker_slot
     from myspinbot.worker import Worker
@@ -184,6 +172,7 @@ def worker(
 @app.command(hidden=True)
 def dashboards(port: int = 8866, host: str = "127.0.0.1") -> None:
     "Serve the studio with Voila."
+    start_log()
     folder = dashboards_dir()
     os.environ["JUPYTER_PATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("JUPYTER_PATH")])])
     from myspinbot.studio_server import serve  # it reads JUPYTER_PATH when it is imported
@@ -241,7 +230,7 @@ def up(
         if as_json: return show_json(dict(state, token=door_token(), joined=True))
         out.print(f"Already up in {settings().home} (pid {state.get('pid')}); `myspinbot down` stops it.")
         return show_addresses(state)
-    log_to_stderr()
+    start_log()
     stop, stack = stop_on_signal(), Stack(workers=workers, dashboards=dashboards)
     try:
         state = stack.start()

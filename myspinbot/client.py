@@ -49,6 +49,7 @@ class Client:
         from myspinbot.bridge import Bridge
         from myspinbot.events import Events
         from myspinbot.journal import Journal
+        from myspinbot.retention import store_lock
         self.cfg = service_settings(cfg)
         own_folder(self.cfg.home)
         self.catalogue = steps or catalogue()
@@ -56,7 +57,7 @@ class Client:
         self.journal.migrate()
         redis_url = self.cfg.redis_url.get_secret_value()
         self.bridge, self.events = Bridge(redis_url), Events(redis_url)
-        self.store = open_store(self.cfg.store_url.get_secret_value(), self.cfg.home / "fetched")
+        self.store = open_store(self.cfg.store_url.get_secret_value(), self.cfg.home / "fetched", store_lock(self.journal))
 
     def close(self) -> None:
         "Give back every connection."

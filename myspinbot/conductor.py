@@ -9,6 +9,7 @@ __all__ = ['log', 'Key', 'MAX_EPOCHS', 'PAGE', 'Waiter', 'Batch', 'ClockWatch', 
 import asyncio, contextlib, threading, time
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from itertools import chain, repeat
 from typing import Any
 
 import structlog
@@ -25,6 +26,7 @@ from .journal import Journal, end_params
 from .keys import work_stream
 from .plan import Result, Task, input_hash, job_error, outputs
 from .runner import Context, artifacts_in, control_notebook, run_control, run_graph
+from .retention import sweep_store
 from .schema import STEP_END, Artifact, Event, Job, StepMessage, StepRow, StepSpec
 
 log = structlog.get_logger("myspinbot.conductor")
@@ -273,8 +275,8 @@ async def cached(self: Conductor, h: str) -> StepRow | None:
     row = await self.find(h)
     if row is None: return None
     files = [*artifacts_in(row.outputs), *artifacts_in([row.notebook])]
-    here = await asyncio.gather(*(asyncio.to_thread(self.store.exists, a.sha256) for a in files))
-    return row if all(here) else None
+    here = await asyncio.gather(*(asyncio.to_thread(self.store.keep, a.sha256) for a in files))
+    return None if None in here else row
 
 @patch
 async def record(self: Conductor, job: Job, row: StepRow) -> None:
@@ -455,6 +457,16 @@ def read_hints(self: Conductor, stop: threading.Event, loop: asyncio.AbstractEve
             stop.wait(max(1.0, self.cfg.scan_s))
 
 @patch
+async def sweep_loop(self: Conductor) -> None:
+    "Remove what no job names from the store: soon after the start, then once a day."
+    for wait_s in chain([120.0], repeat(86400.0)):
+        await asyncio.sleep(wait_s)
+        try: gone = await asyncio.to_thread(sweep_store, self.journal, self.store, self.cfg.keep_days)
+        except SpinError as e: log.warning("the store was not swept", error=str(e))
+        except Exception as e: log.error("sweeping the store failed", exc_info=e)
+        else: log.info("store swept", removed=len(gone))
+
+@patch
 async def reconcile_loop(self: Conductor) -> None:
     "Reconcile at each scan."
     while True:
@@ -488,7 +500,7 @@ async def main(self: Conductor, stop: threading.Event) -> None:
             threading.Thread(target=self.renew, args=(ended, loop), name="leases", daemon=True)]
     for t in side: t.start()
     loops = [asyncio.create_task(c, name=n) for n, c in dict(wait=self.waiter.run(), take=self.take_loop(),
-                                                             reconcile=self.reconcile_loop()).items()]
+                                                             reconcile=self.reconcile_loop(), sweep=self.sweep_loop()).items()]
     log.info("conductor ready", name=self.name)
     try:
         while not stop.is_set():

@@ -22,6 +22,7 @@ import psutil
 from fastcore.basics import patch
 
 from .core import ConfigError, ServiceUnavailable, new_id, own_folder
+from .logs import rotate
 
 # %% ../nbs/15_embedded.ipynb #b18f6fb9
 REDIS_MIN = (6, 2)
@@ -308,8 +309,7 @@ def sweep_places() -> None:
 @patch
 def launch(self: Embedded, args: list[str], log: str, **kw: Any) -> subprocess.Popen:
     "Start a server in a session of its own, so that a Ctrl-C at the terminal does not reach it."
-    path = self.logs / log
-    if path.exists() and path.stat().st_size > 20_000_000: os.replace(path, path.with_suffix(".old.log"))
+    rotate(path := self.logs / log)
     env = {k: v for k, v in os.environ.items() if not k.startswith("PG")} | dict(LC_ALL="C")
     with open(path, "ab") as out:
         p = subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd="/", env=env,

@@ -144,7 +144,7 @@ class LocalRunner:
         try: row = StepRow.model_validate_json(self._cache_file(h).read_bytes())
         except (FileNotFoundError, ValueError): return None
         row = row.model_copy(update=dict(outputs=revive(row.outputs)))
-        return row if all(self.store.exists(a.sha256) for a in artifacts_in(row.outputs)) else None
+        return row if all(self.store.keep(a.sha256) is not None for a in artifacts_in(row.outputs)) else None
 
     def remember(self, row: StepRow) -> None:
         "Make a success available to later runs; written whole or not at all."

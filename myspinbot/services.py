@@ -17,6 +17,7 @@ from .client import service_settings
 from .core import Conflict, ServiceUnavailable, Settings, SpinError, own_folder, settings
 from .doors import Door
 from .embedded import Embedded
+from .logs import rotate
 
 log = structlog.get_logger("myspinbot.services")
 
@@ -99,7 +100,7 @@ class Stack:
         self.env = urls | dict(SPIN_HOME=str(cfg.home), SPIN_CONTROL_PORT=str(api), SPIN_SUPERVISOR=str(os.getpid()))
         self.state = dict(pid=os.getpid(), api=f"http://{cfg.control_host}:{api}", dashboards=None)
         me = [sys.executable, "-m", "myspinbot.cli"]
-        self.children = [Child("control", [*me, "control"]), *(Child(f"worker-{i}",
+        self.children = [Child("control", [*me, "control"]), Child("api", [*me, "api"]), *(Child(f"worker-{i}",
             [*me, "worker"]) for i in range(self.workers))]
         if self.dashboards:
             port = free_port(cfg.dashboards_port)
@@ -157,6 +158,8 @@ def watch(self: Stack, stop: threading.Event) -> None:
     "Restart children and servers that end, until told to stop; a child that ends five times in a minute is left."
     while not stop.wait(0.3):
         self.look_at_servers()
+        for path in self.cfg.logs_dir.glob("*.log"):
+            if not path.name.endswith(".old.log"): rotate(path)
         for c in self.children:
             if c.proc is None or c.proc.poll() is None: continue
             recent = [t for t in c.starts if t > time.monotonic() - 60]
@@ -210,9 +213,9 @@ def wait_ready(self: Stack, timeout_s: float = 60.0) -> None:
             places = [o for o in (self.state["api"], self.state["dashboards"]) if o]
             if all(httpx.get(f"{o}/health", timeout=2, headers=headers).status_code == 200 for o in places): return
         except httpx.HTTPError: pass
-        dead = next((c for c in self.children if c.proc is None), None)
-        if dead: break
+        if any(c.proc is None for c in self.children): break
         time.sleep(0.1)
-    tail = (self.cfg.logs_dir / "control.log").read_text(errors="replace")[-1500:]
+    dead = next((c.name for c in self.children if c.proc is None), "api")
+    tail = (self.cfg.logs_dir / f"{dead}.log").read_text(errors="replace")[-1500:]
     raise ServiceUnavailable(f"The API or the studio did not answer within {timeout_s:g} s.",
-        f"Logs: {self.cfg.logs_dir}. The one of the control process ends with:\n{tail}")
+        f"Logs: {self.cfg.logs_dir}. {dead}.log ends with:\n{tail}")

@@ -19,6 +19,7 @@ from urllib.parse import parse_qs
 import ipywidgets as W
 from fastcore.basics import patch
 
+from .artifacts import check_upload
 from .core import InputError, NotFound, SpinError, as_spin_error, masked, own_folder, settings
 from .look import (CSS, PAGE_CSS, diagram_html, error_html, esc, head_html, job_label, log_html, numbers_html,
                             steps_html)
@@ -54,6 +55,8 @@ class Upload:
 
     def read(self, store: Any) -> Any:
         "Store the files; an empty field gives nothing."
+        for f in self.pick.value:
+            check_upload(settings(), f["size"])
         found = [store.put_bytes(bytes(f["content"]), name=f["name"]) for f in self.pick.value]
         return NOTHING if not found else found if self.many else found[0]
 

@@ -124,21 +124,23 @@ def farm(tmp_path: Path, redis_url: str, postgres_url: str) -> Iterator:
 def api(tmp_path: Path, redis_url: str, postgres_url: str) -> Iterator[SimpleNamespace]:
     "The app of a farm's client on toy pipelines, on a port of its own."
     import httpx
-    import uvicorn
     from farm import Farm, wait_for
 
     from myspinbot.api import create_app
     from myspinbot.doors import authorization, read_token
+    from myspinbot.limits import serve
     f = Farm(tmp_path / "home", redis_url, postgres_url, Path(__file__).parent / "pipelines")
-    server = uvicorn.Server(uvicorn.Config(create_app(f.client), host="127.0.0.1", port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
+    port, stop = free_port(), threading.Event()
+    thread = threading.Thread(target=serve, args=(create_app(f.client), "127.0.0.1", port, stop), daemon=True)
     thread.start()
-    wait_for("the server listens", lambda: server.started)
-    port = server.servers[0].sockets[0].getsockname()[1]
+
+    def listens() -> bool:
+        with socket.socket() as s: return s.connect_ex(("127.0.0.1", port)) == 0
+    wait_for("the server listens", listens)
     own = authorization(f.cfg)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, headers=own) as http:
-        yield SimpleNamespace(http=http, ws=f"ws://127.0.0.1:{port}", farm=f, own=own, token=read_token(f.cfg))
-    server.should_exit = True
+        yield SimpleNamespace(http=http, port=port, ws=f"ws://127.0.0.1:{port}", farm=f, own=own, token=read_token(f.cfg))
+    stop.set()
     thread.join(10)
     f.close()
 

@@ -53,8 +53,8 @@ class Farm:
 
     def start(self, name: str, program: Sequence[str] = (sys.executable, "-m", "myspinbot.cli"),
               **env: str) -> subprocess.Popen:
-        "Start `control`, or a worker under any other name; each life of a name appends to one log."
-        args = ["control"] if name.startswith("control") else ["worker", "--name", name]
+        "Start `control`, `api`, or a worker under any other name; each life of a name appends to one log."
+        args = ["api"] if name == "api" else ["control"] if name.startswith("control") else ["worker", "--name", name]
         said = len(self.log(name))
         with open(self.logs / f"{name}.log", "ab") as log:
             p = subprocess.Popen([*program, *args], env=self.env | env, stdout=log, stderr=log, start_new_session=True)

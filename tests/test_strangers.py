@@ -93,7 +93,7 @@ def test_rebound_host_and_foreign_pages_do_not_get_in_with_the_token(door: str, 
 def test_auth_none_is_refused_where_others_can_reach_it(farm: Callable[..., Farm]) -> None:
     f = farm(TOYS)
     with pytest.raises(AssertionError, match=r"SPIN_AUTH=none would open 0\.0\.0\.0"):
-        f.start("control", SPIN_AUTH="none", SPIN_CONTROL_HOST="0.0.0.0")
+        f.start("api", SPIN_AUTH="none", SPIN_CONTROL_HOST="0.0.0.0")
     command = [sys.executable, "-m", "myspinbot.cli", "dashboards", "--host=0.0.0.0", "--port=0"]
     r = subprocess.run(command, env=f.env | dict(SPIN_AUTH="none"), capture_output=True, text=True, timeout=60, check=False)
     assert r.returncode == 2 and "SPIN_AUTH=none would open 0.0.0.0" in r.stderr
@@ -249,7 +249,8 @@ def tried(what, fn):
     except OSError: return
     found.append(what)
 tried("list", lambda: os.listdir(home))
-for o in ("token", "up.json", "logs/control.log", "store", "embedded/postgres", "embedded/redis", "logs", "results", "scratch"):
+for o in ("token", "up.json", "logs/control.log", "logs/api.log", "store", "embedded/postgres", "embedded/redis", "logs",
+          "results", "scratch"):
     tried(o, lambda: os.listdir(home / o) if (home / o).is_dir() else open(home / o).read())
 for o in socks:
     s = socket.socket(socket.AF_UNIX)

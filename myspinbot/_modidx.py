@@ -390,6 +390,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'myspinbot.cli.parse_params': ('cli.html#parse_params', 'myspinbot/cli.py'),
                                'myspinbot.cli.pipelines': ('cli.html#pipelines', 'myspinbot/cli.py'),
                                'myspinbot.cli.print_error': ('cli.html#print_error', 'myspinbot/cli.py'),
+                               'myspinbot.cli.prune': ('cli.html#prune', 'myspinbot/cli.py'),
                                'myspinbot.cli.read_table': ('cli.html#read_table', 'myspinbot/cli.py'),
                                'myspinbot.cli.report': ('cli.html#report', 'myspinbot/cli.py'),
                                'myspinbot.cli.rerun': ('cli.html#rerun', 'myspinbot/cli.py'),

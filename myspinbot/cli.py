@@ -6,9 +6,9 @@
 __all__ = ['app', 'COLORS', 'Json', 'JobId', 'out', 'err', 'PlainConsole', 'PlainStream', 'main', 'print_error', 'show_json',
            'status_text', 'table', 'parse_params', 'client', 'full_id', 'job_json', 'step_json', 'start_log',
            'stop_on_signal', 'control', 'api', 'worker', 'dashboards', 'dashboards_dir', 'lab', 'door_token',
-           'show_addresses', 'token', 'up', 'down', 'health_text', 'status', 'checks', 'doctor', 'Field', 'watch_job',
-           'report', 'submit', 'csv_rows', 'read_table', 'batch', 'jobs', 'show', 'why', 'logs', 'act', 'cancel',
-           'retry', 'rerun', 'approve', 'pipelines', 'steps', 'demo']
+           'show_addresses', 'token', 'up', 'down', 'prune', 'health_text', 'status', 'checks', 'doctor', 'Field',
+           'watch_job', 'report', 'submit', 'csv_rows', 'read_table', 'batch', 'jobs', 'show', 'why', 'logs', 'act',
+           'cancel', 'retry', 'rerun', 'approve', 'pipelines', 'steps', 'demo']
 
 # %% ../nbs/60_cli.ipynb #ac004afb
 import csv, io, json, os, re, shutil, signal, sys, threading, time
@@ -261,6 +261,19 @@ def down(timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 90.0
         Embedded(home).stop()
     if as_json: show_json(dict(stopped=bool(state), home=str(home)))
     else: out.print("Stopped." if state else f"Nothing was up in {home}.")
+
+@app.command(rich_help_panel="Services")
+def prune(
+    days: Annotated[float | None, typer.Option(min=1, help="Spare what was used in so many days; default SPIN_KEEP_DAYS.")] = None,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    as_json: Json = False,
+) -> None:
+    "Remove files from the store that no job names any more; a conductor does it once a day."
+    from myspinbot.retention import sweep_store
+    with client() as c: gone = sweep_store(c.journal, c.store, days or c.cfg.keep_days, dry)
+    if as_json: return show_json(dict(removed=gone, dry=dry))
+    for sha in gone: out.print(sha)
+    out.print(f"Files {'that would be removed' if dry else 'removed'}: {len(gone)}.")
 
 def health_text(h: dict[str, Any]) -> tuple[Text, str]:
     "A word and one line about a server."

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
+from farm import wait_for
 from s3_front import S3Front
 
 from myspinbot.artifacts import LocalStore, S3Store, media_type_of, open_store
@@ -115,6 +117,23 @@ def test_large_file_in_parts(store, tmp_path):
     (tmp_path / "large.bin").write_bytes(data)
     a = store.put_file(tmp_path / "large.bin")
     assert a.size == len(data) and store.fetch(a, tmp_path / "out").read_bytes() == data
+
+
+def test_what_is_kept_is_not_forgotten(store):
+    a, b = store.put_bytes(b"one"), store.put_bytes(b"two")
+    store.fresh_s = 0.0  # as if both were old
+    assert store.keep("0" * 64) is None and not store.forget("0" * 64, 0.0)
+    before = time.time()
+    assert set(store.stale(before)) == {a.sha256, b.sha256}
+    wait_for("what is kept is new", lambda: store.keep(a.sha256) == a.size and set(store.stale(before)) == {b.sha256})
+    assert store.forget(b.sha256, before) and not store.exists(b.sha256)
+    assert not store.forget(a.sha256, before) and store.exists(a.sha256)
+    with store.open(a) as f: assert f.read() == b"one"
+
+
+def test_a_store_belongs_to_the_first_journal(store):
+    a = store.put_bytes(PNG)
+    assert [store.owner(o) for o in ("the first", "another")] == ["the first", "the first"] and list(store.list()) == [a.sha256]
 
 
 def test_fetch_replaces_an_older_file_and_leaves_the_blob_alone(store, tmp_path):

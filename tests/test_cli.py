@@ -5,13 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
 from farm import wait_for
 
+from myspinbot.core import Settings
 from myspinbot.embedded import Embedded
+from myspinbot.services import Stack
 
 ROOT = Path(__file__).parent.parent
 TOYS = ROOT / "tests" / "pipelines"
@@ -127,6 +130,9 @@ def test_up_joins_drains_and_recovers_from_a_crash(tmp_path):
     p, _ = up()
     assert last_json(run(env, "up", "--json"))["joined"] and "Already up" in run(env, "up").stdout
     assert last_json(run(env, "submit", "fan", "--wait", "--json"))["status"] == "succeeded"
+    api = lambda: next(k["pid"] for k in json.loads((tmp_path / "spin" / "up.json").read_text())["children"] if k["name"] == "api")
+    psutil.Process(old := api()).kill()
+    wait_for("another API is there", lambda: api() != old)
     kids = psutil.Process(p.pid).children(recursive=True)
     p.send_signal(signal.SIGKILL)
     p.wait()
@@ -140,6 +146,34 @@ def test_up_joins_drains_and_recovers_from_a_crash(tmp_path):
     _, alive = psutil.wait_procs(mine, timeout=10)
     assert not alive, alive
     assert "Nothing was up" in run(env, "down").stdout
+
+
+def test_files_that_no_job_names_are_pruned(farm):
+    f = farm(TOYS)
+    a, b = f.client.store.put_bytes(b"old"), f.client.store.put_bytes(b"new")
+    os.utime(f.client.store.path(a.sha256), (0, 0))
+    assert last_json(run(f.env, "prune", "--dry-run", "--json")) == dict(removed=[a.sha256], dry=True)
+    assert run(f.env, "prune").stdout.split("\n")[:2] == [a.sha256, "Files removed: 1."]
+    assert list(f.client.store.list()) == [b.sha256]
+    assert "greater than or equal to 1" in run(f.env, "prune", "--days", "0.5", code=2).stderr
+    f.client.store.path(b.sha256).parents[1].joinpath("journal").write_text("another")
+    assert "belongs to the another" in run(f.env, "prune", code=2).stderr
+
+
+def test_a_supervisor_starts_long_logs_again(tmp_path, redis_url, postgres_url):
+    cfg = Settings(home=tmp_path, redis_url=redis_url, postgres_url=postgres_url)
+    stack, stop, log = Stack(cfg), threading.Event(), tmp_path / "logs" / "worker-0.log"
+    log.parent.mkdir()
+    with open(log, "ab", buffering=0) as writer:
+        for n in range(250_000): writer.write(b"%099d\n" % n)
+        t = threading.Thread(target=stack.watch, args=(stop,))
+        t.start()
+        wait_for("it is short again", lambda: log.stat().st_size == 0)
+        writer.write(b"goes on\n")
+        stop.set()
+        t.join()
+    assert log.read_bytes() == b"goes on\n" and log.with_suffix(".old.log").read_bytes().endswith(b"%099d\n" % 249_999)
+    assert log.with_suffix(".old.log").stat().st_size <= 20_000_000
 
 
 def test_up_starts_a_killed_redis_and_postgres_again(tmp_path):

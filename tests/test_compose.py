@@ -23,8 +23,8 @@ def filled(values: dict[str, str]) -> dict[str, str]:
     return {k: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", v) for k, v in plain.items()}
 
 
-def test_control_worker_and_studio_share_one_image() -> None:
-    assert {"control", "worker", "studio"} <= set(OURS)
+def test_control_api_worker_and_studio_share_one_image() -> None:
+    assert {"control", "api", "worker", "studio"} <= set(OURS)
     assert len({str(v["build"]) + v["image"] for v in OURS.values()}) == 1
 
 

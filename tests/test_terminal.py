@@ -67,7 +67,7 @@ class Odd:
 
 @cli.app.command()
 def tomorrow() -> None:
-    cli.log_to_stderr()
+    cli.start_log()
     print(bad)
     print(bad, file=sys.stderr)
     sys.stdout.writelines([bad, "\\n"])

@@ -253,7 +253,7 @@ LAUGHS = ["&a [x, x]"] + [f"&{b} [{', '.join([f'*{a}'] * 8)}]" for a, b in zip("
 YAMLS: dict[str, tuple[str, tuple[str, ...]]] = {
     "a date": ("- names: [2024-01-01]\n", ("Row 1", "names[0]", "date")),
     "laughs": ("\n".join(f"- {o}" for o in LAUGHS) + "\n", ("no list of parameter sets",)),
-    "laughs inside": (f"- names: [{', '.join(LAUGHS)}]\n", ("Row 1", "8 MB")),
+    "laughs inside": (f"- names: [{', '.join(LAUGHS)}]\n", ("Row 1", "100,000 values")),
     "in itself": ("- names: &a [*a]\n", ("Row 1", "100 levels")),
     "an object of Python": ("- names: !!python/object/apply:os.system ['true']\n", ("is not YAML",)),
     "no rows": ("names: [a]\n", ("no list of parameter sets",)),

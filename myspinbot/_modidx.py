@@ -11,7 +11,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'myspinbot.api.approve': ('api.html#approve', 'myspinbot/api.py'),
                                'myspinbot.api.blob': ('api.html#blob', 'myspinbot/api.py'),
                                'myspinbot.api.cancel': ('api.html#cancel', 'myspinbot/api.py'),
-                               'myspinbot.api.check_artifacts': ('api.html#check_artifacts', 'myspinbot/api.py'),
                                'myspinbot.api.client_of': ('api.html#client_of', 'myspinbot/api.py'),
                                'myspinbot.api.create_app': ('api.html#create_app', 'myspinbot/api.py'),
                                'myspinbot.api.docs_file': ('api.html#docs_file', 'myspinbot/api.py'),

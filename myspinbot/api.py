@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STATUS', 'jobs', 'files', 'HOW', 'BODY', 'FILE_HEADERS', 'CLOSED', 'PLAYED', 'about', 'docs', 'DOCS_HEADERS',
            'DOCS_PAGE', 'DOCS_START', 'DOCS_FILES', 'error_response', 'Submit', 'Answer', 'Rerun', 'refuse_paths',
-           'client_of', 'job_json', 'step_json', 'check_artifacts', 'submit', 'list_jobs', 'get_job', 'get_steps',
-           'get_why', 'get_events', 'cancel', 'retry', 'rerun', 'approve', 'stream', 'blob', 'upload', 'store_body',
-           'download', 'get_pipelines', 'get_steps_catalogue', 'health', 'families', 'Gauges', 'metrics', 'docs_page',
-           'docs_start', 'docs_file', 'create_app']
+           'client_of', 'job_json', 'step_json', 'submit', 'list_jobs', 'get_job', 'get_steps', 'get_why', 'get_events',
+           'cancel', 'retry', 'rerun', 'approve', 'stream', 'blob', 'upload', 'store_body', 'download', 'get_pipelines',
+           'get_steps_catalogue', 'health', 'families', 'Gauges', 'metrics', 'docs_page', 'docs_start', 'docs_file',
+           'create_app']
 
 # %% ../nbs/45_api.ipynb #8929951d
 import asyncio, json, tempfile, threading
@@ -101,14 +101,6 @@ def step_json(row: StepRow) -> dict[str, Any]:
     d = row.model_dump(mode="json")
     return d | dict(inputs=dump_value(row.inputs), outputs=dump_value(row.outputs), seconds=row.seconds)
 
-def check_artifacts(client: Client, value: Any) -> None:
-    "Raise `InputError` for an artifact that was never uploaded."
-    if isinstance(value, Artifact) and client.store.keep(value.sha256) != value.size:
-        raise InputError(f"No file {value.sha256[:12]}... of {value.size} bytes is stored.",
-                         "POST it to /artifacts first.")
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for o in parts: check_artifacts(client, o)
-
 @jobs.post("/jobs", status_code=201)
 def submit(request: Request, what: Submit) -> dict[str, Any]:
     "Accept a job."
@@ -120,7 +112,6 @@ def submit(request: Request, what: Submit) -> dict[str, Any]:
     check_json(what.params, f"{graph.name}: ")
     params = revive(what.params)
     refuse_paths(graph, params, own=what.graph is not None, steps=client.catalogue)
-    check_artifacts(client, params)
     job = client.submit(graph, params, priority=what.priority, idempotency_key=what.idempotency_key, parent=what.parent)
     return job_json(job)
 

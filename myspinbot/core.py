@@ -96,7 +96,7 @@ def masked(text: str) -> str:
 
 def secret_variable(name: str) -> bool:
     "Does this environment variable hold a secret of ours, or say where one is? Step kernels do not inherit it."
-    return re.fullmatch(r"JUPYTER_TOKEN|SPIN_\w*(URL|TOKEN|TOKEN_FILE|KEY|PASSWORD|SECRET)", name, re.I) is not None
+    return re.fullmatch(r"JUPYTER_TOKEN|SPIN_\w*(URL|TOKEN|TOKEN_FILE|KEY|PASSWORD|SECRET|SECRETS_DIR)", name, re.I) is not None
 
 # %% ../nbs/00_core.ipynb #ed9194d5
 class SpinError(Exception):
@@ -311,7 +311,12 @@ class Settings(BaseSettings):
 def settings() -> Settings:
     "The process's settings, read once; raises `ConfigError` that names each bad variable."
     from pydantic import ValidationError
-    try: return Settings()
+    folder = os.environ.get("SPIN_SECRETS_DIR") or None
+    if folder and not os.path.isdir(folder):
+        raise ConfigError(f"SPIN_SECRETS_DIR={folder!r} is not a folder.", "Change or unset the variable.")
+    try: return Settings(_secrets_dir=folder)
+    except OSError as e:
+        raise ConfigError(f"{e.filename} cannot be read: {e.strerror}.", "Let this user read it.") from e
     except ValidationError as e:
         named = [(f"SPIN_{'_'.join(map(str, o['loc'])).upper()}", o) for o in e.errors()]
         bad = "; ".join(f"{n}{'' if secret_variable(n) else '=' + repr(o['input'])}: {o['msg']}" for n, o in named)

@@ -503,7 +503,7 @@ class _ByContent:
                 self.heads[a.sha256] = self.store.head(a.sha256)
             except NotFound as e:
                 said = f"{where}: the file {show_value(a.name)} ({a.sha256[:12]}, {a.size} bytes) is not stored."
-                raise InputError(said, "Upload it first.") from e
+                raise InputError(said, "Upload it first; over HTTP by POST /artifacts.") from e
         return a.model_copy(update=dict(media_type=true_type(self.heads[a.sha256], a.media_type, kind == "Data")))
 
     def all(self, v: Any, where: str, kind: str) -> Any:

@@ -625,6 +625,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'myspinbot.embedded.Embedded.postgres_socket': ( 'embedded.html#embedded.postgres_socket',
                                                                                      'myspinbot/embedded.py'),
                                     'myspinbot.embedded.Embedded.prepare': ('embedded.html#embedded.prepare', 'myspinbot/embedded.py'),
+                                    'myspinbot.embedded.Embedded.put_aside': ('embedded.html#embedded.put_aside', 'myspinbot/embedded.py'),
                                     'myspinbot.embedded.Embedded.redis_process': ( 'embedded.html#embedded.redis_process',
                                                                                    'myspinbot/embedded.py'),
                                     'myspinbot.embedded.Embedded.redis_socket': ( 'embedded.html#embedded.redis_socket',

@@ -390,10 +390,19 @@ def start_redis(self: Embedded) -> subprocess.Popen | None:  # None: joined a ru
     if p: end_process(p, _STOP_REDIS)
     for p in strays(self.redis_dir): end_process(p, _STOP_REDIS)
     sock.unlink(missing_ok=True)
+    single, folder = self.redis_dir / "appendonly.aof", self.redis_dir / "appendonlydir"
+    if single.exists() and folder.exists() and version_of(program) >= (7,): self.put_aside([folder])
     options = dict(port=0, unixsocket=sock, unixsocketperm=700, dir=self.redis_dir,
                    pidfile=self.redis_dir / "redis.pid", appendonly="yes", appendfsync="everysec", save="", logfile="")
     options |= {"maxmemory-policy": "noeviction", "set-proc-title": "no"}  # the title would hide the folder
     return self.launch([program, *(str(o) for k, v in options.items() for o in (f"--{k}", v))], "redis.log")
+
+@patch
+def put_aside(self: Embedded, logs: list[Path]) -> None:
+    "Keep a log that is not read where it does not harm."
+    aside = self.redis_dir / f"unreadable-{time.time_ns()}"
+    aside.mkdir()
+    for o in logs: o.rename(aside / o.name)
 
 @patch
 def await_redis(self: Embedded, p: subprocess.Popen | None) -> None:
@@ -403,9 +412,7 @@ def await_redis(self: Embedded, p: subprocess.Popen | None) -> None:
     except ServiceUnavailable:
         old = [o for o in self.redis_dir.glob("appendonly*")]
         if not old or p is None or p.poll() is None: raise
-        aside = self.redis_dir / f"unreadable-{time.time_ns()}"
-        aside.mkdir()
-        for o in old: o.rename(aside / o.name)
+        self.put_aside(old)
         self.wait_for(self.start_redis(), ready, "Redis", "redis.log")
 
 # %% ../nbs/15_embedded.ipynb #9be1042a

@@ -30,10 +30,11 @@ import psutil
 import redis
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import SERVERS
 from farm import Farm, wait_for
 
 from myspinbot.core import SpinError
-from myspinbot.embedded import Embedded, end_process, own_by, package_dir, server_user
+from myspinbot.embedded import Embedded, end_process, own_by, server_user
 from myspinbot.graph import Pipeline
 from myspinbot.keys import DEAD, GROUP, JOBS, JOBS_GROUP, work_stream
 from myspinbot.schema import JOB_END, Artifact, Graph

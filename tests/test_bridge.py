@@ -1,4 +1,4 @@
-"""The bridge: one conformance suite for Redis and the in-memory twin, then the failure cases of real Redis Streams."""
+"""The bridge: one conformance suite for Valkey, Redis and the in-memory twin, then the failure cases of real streams on both."""
 import os
 import signal
 import socket
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import redis
-from conftest import free_port, redis_binary
+from conftest import SERVERS, free_port
 
 from myspinbot import bridge as bridge_module
 from myspinbot.bridge import BLOCK_MS, HINT_ALL, Bridge, Entry, MemoryBridge, open_bridge
@@ -35,10 +35,13 @@ def wait_for(what: Callable[[], object], limit_s: float = 10.0) -> object:
     return got
 
 
-@pytest.fixture(params=["redis", "memory"])
-def bridge(request: pytest.FixtureRequest) -> Iterator[Bridge | MemoryBridge]:
-    url = request.getfixturevalue("redis_url") if request.param == "redis" else "memory:"
-    with open_bridge(url) as b: yield b
+@pytest.fixture(params=SERVERS)
+def redis_url(request: pytest.FixtureRequest, flushed_server: Callable[[str], str]) -> str: return flushed_server(request.param)
+
+
+@pytest.fixture(params=[*SERVERS, "memory"])
+def bridge(request: pytest.FixtureRequest, flushed_server: Callable[[str], str]) -> Iterator[Bridge | MemoryBridge]:
+    with open_bridge("memory:" if request.param == "memory" else flushed_server(request.param)) as b: yield b
 
 
 @pytest.fixture
@@ -52,14 +55,14 @@ def raw(redis_url: str) -> Iterator[redis.Redis]:
 
 
 class Server:
-    "A redis-server that a test may stop, freeze and start again on the same port and data."
-    def __init__(self, folder: Path, *options: str) -> None:
-        self.port, self.folder, self.options = free_port(), folder, options
+    "A server that a test may stop, freeze and start again on the same port and data."
+    def __init__(self, program: str, folder: Path, *options: str) -> None:
+        self.program, self.port, self.folder, self.options = program, free_port(), folder, options
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.start()
 
     def start(self) -> None:
-        self.process = subprocess.Popen([redis_binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir",
+        self.process = subprocess.Popen([self.program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir",
             str(self.folder), "--save", "", "--appendonly", "yes", "--appendfsync", "always", *self.options],
             stdout=subprocess.DEVNULL)
         r = redis.Redis(port=self.port)
@@ -75,9 +78,9 @@ class Server:
         self.process.wait(10)
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    s = Server(tmp_path)
+@pytest.fixture(params=SERVERS)
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
+    s = Server(SERVERS[request.param], tmp_path)
     yield s
     s.stop()
 

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import SERVERS, free_port
 from farm import wait_for
 
 from myspinbot.core import Settings
-from myspinbot.embedded import Embedded
+from myspinbot.embedded import Embedded, RedisServer
 from myspinbot.services import Stack
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +117,23 @@ def test_doctor_is_content_and_names_what_is_missing(tmp_path):
     assert all(c["ok"] for c in last_json(run(env, "doctor", "--json")))
     r = run(env | dict(SPIN_PIPELINES_DIR=str(tmp_path / "nowhere")), "doctor", code=1)
     assert "SPIN_PIPELINES_DIR" in r.stdout
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_doctor_names_a_server_of_the_users_own_and_what_is_known_against_it(tmp_path, flushed_server, name):
+    env = os.environ | dict(SPIN_HOME=str(tmp_path), SPIN_REDIS_URL=flushed_server(name))
+    row, = (c for c in last_json(run(env, "doctor", "--json")) if c["name"] == "redis-server")
+    said = subprocess.check_output([SERVERS[name], "--version"], text=True)
+    kind, version = re.match(r"(\w+) server v=([\d.]+)", said).groups()
+    assert row["ok"] and row["found"].startswith(f"SPIN_REDIS_URL: {kind} {version}")
+    known = RedisServer(kind, tuple(map(int, version.split(".")))).fault
+    assert row["found"].endswith(known) and (known == "") == ("CVE" not in row["found"])
+
+
+def test_doctor_says_that_a_server_of_the_users_own_does_not_answer(tmp_path):
+    env = os.environ | dict(SPIN_HOME=str(tmp_path), SPIN_REDIS_URL=f"redis://:secret@127.0.0.1:{free_port()}/0")
+    row, = (c for c in last_json(run(env, "doctor", "--json", code=1)) if c["name"] == "redis-server")
+    assert not row["ok"] and "no answer" in row["found"] and "SPIN_REDIS_URL" in row["mend"] and "secret" not in str(row)
 
 
 def test_up_joins_drains_and_recovers_from_a_crash(tmp_path):

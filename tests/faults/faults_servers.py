@@ -16,7 +16,7 @@ from run import fault
 from world import World, wait_for
 
 from myspinbot.client import Client
-from myspinbot.embedded import find_redis, redis_answers
+from myspinbot.embedded import redis_answers
 from myspinbot.keys import GROUP, JOBS, JOBS_GROUP, PRIORITIES
 
 
@@ -124,11 +124,11 @@ def redis_frozen(w: World, rng: random.Random) -> None:
 
 # a replica ------------------------------------------------------------------------------------------------------------
 def replica_of(w: World, primary: Proxy) -> Path:
-    "Start a second redis-server that follows the first; its socket."
+    "Start a second server that follows the first; its socket."
     home = w.home / "replica"
     home.mkdir()
     sock = home / "redis.sock"
-    p = subprocess.Popen([find_redis(), "--port", "0", "--unixsocket", str(sock), "--dir", str(home), "--appendonly", "yes",
+    p = subprocess.Popen([w.program, "--port", "0", "--unixsocket", str(sock), "--dir", str(home), "--appendonly", "yes",
                           "--save", "", "--repl-diskless-sync-delay", "0", "--replicaof", "127.0.0.1", str(primary.port)],
                          stdout=(home / "log").open("wb"), stderr=subprocess.STDOUT)
     def end() -> None:

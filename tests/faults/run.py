@@ -3,6 +3,7 @@
     python tests/faults/run.py                         # all faults, the default seeds
     python tests/faults/run.py --seeds 7 --only "worker after claim"
     python tests/faults/run.py --short                 # what `make test` runs
+    python tests/faults/run.py --server redis --only Redis    # on the old Redis in place of Valkey
 """
 import argparse
 import json
@@ -20,7 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from world import Report, World
+from world import SERVERS, Report, World
 
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
@@ -55,11 +56,11 @@ def load() -> dict[str, Fault]:
     return FAULTS
 
 
-def run_one(f: Fault, seed: int) -> Report:
+def run_one(f: Fault, seed: int, server: str = "valkey") -> Report:
     "One world, one scenario, the invariants; never raises."
     report, began = Report(f.name, seed), time.monotonic()
     try:
-        with f.world(seed, report=report, **f.options) as w:
+        with f.world(seed, report=report, server=server, **f.options) as w:
             f.scenario(w, w.rng)
             w.settle()
     except Exception as e:
@@ -69,7 +70,7 @@ def run_one(f: Fault, seed: int) -> Report:
     return report
 
 
-def run_named(name: str, seed: int) -> Report: return run_one(load()[name], seed)
+def run_named(name: str, seed: int, server: str) -> Report: return run_one(load()[name], seed, server)
 
 
 def show(reports: list[Report]) -> None:
@@ -94,6 +95,7 @@ def main() -> int:
     ap.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     ap.add_argument("--only", default="", help="faults whose name holds this text")
     ap.add_argument("--short", action="store_true")
+    ap.add_argument("--server", default="valkey", choices=SERVERS)
     ap.add_argument("--json", type=Path, help="also write the reports there")
     ap.add_argument("--at-once", type=int, default=3, help="worlds at once; most of a scenario is waiting")
     a = ap.parse_args()
@@ -101,14 +103,16 @@ def main() -> int:
     if not chosen:
         print(f"No fault is named like {a.only!r}. There are: {', '.join(FAULTS)}.")
         return 2
-    runs = [(f.name, seed) for f in chosen for seed in map(int, a.seeds.split(","))]
+    runs = [(f.name, seed, a.server) for f in chosen for seed in map(int, a.seeds.split(","))]
     reports = []
     with ProcessPoolExecutor(a.at_once, mp_context=get_context("spawn")) as pool:
         for r in pool.map(run_named, *zip(*runs, strict=True)):
             reports.append(r)
             print(f"{'FAILED' if r.violations else 'ok':6} {r.fault}, seed {r.seed}, {r.seconds:.0f} s", flush=True)
             for v in r.violations: print(f"       {v}")
-            if r.violations: print(f'       replay: python tests/faults/run.py --only "{r.fault}" --seeds {r.seed}', flush=True)
+            if r.violations:
+                again = f'--server {a.server} --only "{r.fault}" --seeds {r.seed}'
+                print(f"       replay: python tests/faults/run.py {again}", flush=True)
     show(reports)
     if a.json: a.json.write_text(json.dumps([asdict(r) for r in reports], indent=1))
     return int(any(r.violations for r in reports))

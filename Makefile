@@ -67,6 +67,8 @@ install: $(VENV)/.installed
 dev: $(VENV)/.dev
 
 $(VENV)/bin/python:
+	@if [ "$$(uname -sm)" = "Darwin x86_64" ]; then \
+		echo "MySpinBot needs a Mac with Apple silicon: there is no wheel of dlib-bin for Intel Macs. Use Linux, or a container."; exit 1; fi
 	@if [ -n "$(PYTHON)" ]; then echo "$(PYTHON) -m venv $(VENV)"; $(PYTHON) -m venv $(VENV); \
 	elif [ -n "$(UV)" ]; then \
 		echo "No Python 3.11 to 3.14 with venv on the PATH; uv brings $(BROUGHT) into $(VENV)."; \

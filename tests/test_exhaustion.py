@@ -135,12 +135,12 @@ def test_a_body_that_does_not_come_is_not_waited_for(api: SimpleNamespace, monke
 def test_websockets_are_counted(api: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("myspinbot.limits.SOCKETS", 2)
     f = api.farm
-    jobs = [f.client.submit("branches", {}).id for _ in range(2)]  # nobody works on them
+    jobs = [f.client.submit("branches", {}).id for _ in range(2)]
     with ExitStack() as held:
         for id in jobs: held.enter_context(connect(f"{api.ws}/jobs/{id}/ws", additional_headers=api.own)).recv(timeout=10)
         with pytest.raises(InvalidStatus): connect(f"{api.ws}/jobs/{jobs[0]}/ws", additional_headers=api.own)
     wait_for("their places are free again", lambda: reaches(f"{api.ws}/jobs/{jobs[0]}/ws", api.own))
-    wait_for("nobody follows the jobs", lambda: not [t for t in threading.enumerate() if t.name.startswith("ws-")])
+    wait_for("no thread follows the jobs", lambda: not [t for t in threading.enumerate() if t.name.startswith("ws-")])
 
 
 def reaches(url: str, headers: dict[str, str]) -> bool:
@@ -246,7 +246,7 @@ def test_a_killed_upload_leaves_nothing(served: SimpleNamespace) -> None:
     assert [p for p in f.home.rglob("*") if p.is_file() and p.stat().st_size > 2**20] == []
 
 
-# --- blobs that nobody needs
+# --- blobs without a use
 
 LOOK = Graph(name="look", params=(Port(name="picture", type="Data"),), nodes=(Node(id="a", step="toy.mark"),))
 

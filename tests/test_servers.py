@@ -18,17 +18,17 @@ import redis
 import test_artifacts
 import test_bridge
 import test_events
-from conftest import free_port, redis_binary
+from conftest import SERVERS, free_port
 from farm import Farm, wait_for
 from psycopg.conninfo import make_conninfo
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from test_bridge import Wire, bridge, real  # noqa: F401  the suites' own fixtures, on the servers below
-from test_events import events  # noqa: F401
+from test_bridge import Wire, real  # noqa: F401  the suite's own fixture, on the server below
 
 from myspinbot.artifacts import S3Store, open_store
 from myspinbot.bridge import Bridge, MemoryBridge
 from myspinbot.core import ConfigError, Settings, hash_bytes
+from myspinbot.events import Events
 from myspinbot.journal import Journal
 
 INFRA = Path(__file__).parents[1] / "infra"
@@ -75,11 +75,18 @@ def test_settings_are_read_from_the_files(secrets):
 # ---- Redis: the whole suites of bridge and events pass as the user spin ----
 
 @pytest.fixture(scope="module")
-def closed_redis(secrets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+def redis_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    "A PATH with the redis-server of the tests; for a Python without one, Valkey under that name."
+    folder = tmp_path_factory.mktemp("bin")
+    (folder / "redis-server").symlink_to(SERVERS.get("redis", SERVERS["valkey"]))
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.fixture(scope="module")
+def closed_redis(secrets: Path, redis_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     "Redis as infra/redis.sh starts it, and beside its users one for the tests' own looks."
     folder, port = tmp_path_factory.mktemp("redis"), free_port()
-    env = os.environ | dict(PATH=f"{Path(redis_binary()).parent}:{os.environ['PATH']}",
-                            REDIS_PASSWORD_FILE=str(secrets / "redis_password"))
+    env = os.environ | dict(PATH=redis_path, REDIS_PASSWORD_FILE=str(secrets / "redis_password"))
     look = ["--user", "look", "on", "nopass", "~*", "&*", "+@all"]
     command = ["sh", INFRA / "redis.sh", "--port", str(port), "--bind", "127.0.0.1", "--dir", folder, *look]
     p = subprocess.Popen(command, env=env, stdout=(log := open(folder / "log", "wb")))
@@ -97,6 +104,16 @@ def closed_redis(secrets: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def redis_url(closed_redis: SimpleNamespace) -> str:
     with redis.Redis.from_url(closed_redis.look) as r: r.flushall()
     return closed_redis.url
+
+
+@pytest.fixture
+def bridge(redis_url: str) -> Iterator[Bridge]:
+    with Bridge(redis_url) as b: yield b
+
+
+@pytest.fixture
+def events(redis_url: str) -> Iterator[Events]:
+    with closing(Events(redis_url)) as e: yield e
 
 
 @pytest.fixture
@@ -159,11 +176,11 @@ def test_redis_has_no_other_user_and_no_password_on_its_command_line(closed_redi
         assert closed_redis.password not in str(r.acl_list()) and "off" in r.acl_getuser("default")["flags"]
 
 
-def test_redis_does_not_start_without_a_password(tmp_path):
+def test_redis_does_not_start_without_a_password(tmp_path, redis_path):
     (tmp_path / "redis_password").touch()
     command = ["sh", INFRA / "redis.sh", "--port", "0"]
     for path in ("redis_password", "absent"):
-        env = dict(REDIS_PASSWORD_FILE=str(tmp_path / path), PATH=f"{Path(redis_binary()).parent}:{os.environ['PATH']}")
+        env = dict(REDIS_PASSWORD_FILE=str(tmp_path / path), PATH=redis_path)
         r = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=20)
         assert r.returncode not in (0, 127) and ("run infra/make-secrets.sh" in r.stderr or "No such file" in r.stderr)
 

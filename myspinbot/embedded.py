@@ -305,7 +305,9 @@ def prepare(self: Embedded) -> None:
     "Folders, their permissions, and a place for the sockets."
     user = server_user()
     own_folder(self.home)
-    for d in (self.folder, self.redis_dir, self.logs): own_folder(d)
+    for d in (self.folder, self.redis_dir, self.logs):
+        if d.is_dir() and d.stat().st_mode & 0o1000: d.chmod(0o700)  # a disk that is mounted there
+        own_folder(d)
     if user: self.make_room(user)
     base = self.sockets()
     if base is None or not base.is_dir():

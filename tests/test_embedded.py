@@ -261,6 +261,14 @@ def test_a_repaired_server_on_the_path_is_taken(monkeypatch, tmp_path, name, say
     assert find_redis() == str(program)
 
 
+def test_a_disk_mounted_in_the_data_folder_is_taken(tmp_path):
+    e = Embedded(tmp_path / "home")
+    e.redis_dir.mkdir(parents=True)
+    e.redis_dir.chmod(0o1777)  # as a new file system has it
+    e.prepare()
+    assert e.redis_dir.stat().st_mode & 0o7777 == 0o700
+
+
 def test_a_running_server_says_what_it_is(home):
     urls = Embedded(home).start()
     there = redis_at(Embedded(home).redis_socket())

@@ -496,7 +496,7 @@ def keep(self: S3Store, sha256: str) -> int | None:  # noqa: F811
     try:
         found = self.call(self.client.stat_object, object_name=name)
         if found.last_modified.timestamp() > time.time() - self.fresh_s: return found.size
-        with self.guard(False):  # a copy onto itself: the server moves nothing, but dates it anew
+        with self.guard(False):  # copying it onto itself moves no data and renews its date
             self.call(self.client.copy_object, object_name=name, source=CopySource(self.bucket, name), metadata_directive=REPLACE,
                       metadata={"Content-Type": found.content_type or "application/octet-stream"})
         return found.size

@@ -268,7 +268,7 @@ def prune(
     dry: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     as_json: Json = False,
 ) -> None:
-    "Remove files from the store that no job names any more; a conductor does it once a day."
+    "Remove stored files that no job refers to any more; a conductor does it once a day."
     from myspinbot.retention import sweep_store
     with client() as c: gone = sweep_store(c.journal, c.store, days or c.cfg.keep_days, dry)
     if as_json: return show_json(dict(removed=gone, dry=dry))
@@ -300,7 +300,7 @@ def status(as_json: Json = False) -> None:
 
 # %% ../nbs/60_cli.ipynb #5a1f0060
 def redis_check() -> tuple[bool, str, str]:
-    "Is there a Redis, which one and what was passed over, the command that mends it; one of the user's own is never refused."
+    "Is a Redis or Valkey usable, which one, and the next step; a server named by SPIN_REDIS_URL is never refused."
     from myspinbot.embedded import Embedded, redis_at, redis_servers, server_in
     if url := settings().redis_url:
         import redis

@@ -458,7 +458,7 @@ def read_hints(self: Conductor, stop: threading.Event, loop: asyncio.AbstractEve
 
 @patch
 async def sweep_loop(self: Conductor) -> None:
-    "Remove what no job names from the store: soon after the start, then once a day."
+    "Remove stored files that no job refers to: two minutes after the start, then once a day."
     for wait_s in chain([120.0], repeat(86400.0)):
         await asyncio.sleep(wait_s)
         try: gone = await asyncio.to_thread(sweep_store, self.journal, self.store, self.cfg.keep_days)

@@ -270,8 +270,8 @@ class Settings(BaseSettings):
     dashboards_port: int = Field(8866, ge=0, le=65535, description="port of the Voila dashboards; 0: any free one")
     upload_max_mb: int = Field(4096, ge=1, description="a file that comes over HTTP or the studio may be so large")
     disk_floor_mb: int = Field(1024, ge=0, description="so much must stay free on the disk when such a file is stored")
-    keep_days: float = Field(7.0, ge=1, le=36500, description="a file in the store that no job names goes so long after"
-                                                              " its last use")
+    keep_days: float = Field(7.0, ge=1, le=36500, description="a stored file that no job refers to is removed so many days"
+                                                              " after its last use")
     studio_kernels: int = Field(8, ge=1, le=500, description="pages of the studio at once; each needs more than 100 MB")
     llm_base_url: SecretStr = Field(SecretStr(""), description="OpenAI-compatible endpoint, such as"
                                     " http://127.0.0.1:11434/v1")

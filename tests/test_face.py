@@ -175,7 +175,7 @@ def test_landmarks_survive_a_file(tmp_path: Path):
     p = prepare_portrait(portraits.astronaut(), upscaler="none")
     (tmp_path / "l.json").write_text(json.dumps(p.landmarks.to_json()))
     assert load_landmarks(tmp_path / "l.json") == p.landmarks
-    assert isinstance(p.landmarks, Landmarks) and p.landmarks.array.shape == (68, 2)
+    assert isinstance(p.landmarks, Landmarks) and p.landmarks.array.shape == (478, 2)
     (tmp_path / "bad.json").write_text('{"points": []}')
     with pytest.raises(InputError, match="no landmarks"): load_landmarks(tmp_path / "bad.json")
 

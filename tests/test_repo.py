@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("nbs", "pipelines", "dashboards")
-HEAVY = ("torch", "dlib", "av", "cv2", "onnx", "onnxruntime", "piper", "ncnn", "skimage", "scipy", "matplotlib",
+HEAVY = ("torch", "ai_edge_litert", "av", "cv2", "onnx", "onnxruntime", "piper", "ncnn", "skimage", "scipy", "matplotlib",
          "psycopg", "redis", "minio", "langgraph", "papermill", "fastapi", "uvicorn", "boto3", "playwright", "numpy", "PIL",
          "zmq", "nbclient", "ipykernel")
 

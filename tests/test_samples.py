@@ -33,7 +33,7 @@ def test_samples_are_what_the_steps_take(tmp_path):
     from myspinbot.film import probe
     from myspinbot.talk import load_phonemes, sound_seconds
     assert Image.open(portrait).size == (256, 256)
-    assert len(load_landmarks(landmarks).points) == 68
+    assert len(load_landmarks(landmarks).points) == 478
     assert load_phonemes(phonemes)["duration_s"] == pytest.approx(sound_seconds(wav), abs=1e-4)
     assert video == again and probe(video).video_s == pytest.approx(sound_seconds(wav), abs=0.05)
 

@@ -8,6 +8,7 @@ import numpy as np
 import portraits
 
 from myspinbot.face import prepare_portrait
+from myspinbot.mesh import ibug
 from myspinbot.video import write_video
 
 RATE, FPS = 22050, 25
@@ -51,7 +52,7 @@ def speech(timings: dict) -> np.ndarray:
 @lru_cache(maxsize=1)
 def person() -> tuple[np.ndarray, np.ndarray]:
     p = prepare_portrait(portraits.astronaut(), upscaler="none")
-    return p.image, p.landmarks.array
+    return p.image, ibug(p.landmarks.array)
 
 
 def talk(curve: np.ndarray, sway: float = 1.5, size: int = 256) -> Iterator[np.ndarray]:

@@ -17,7 +17,7 @@ from myspinbot.engine import RunRecord, run_notebook
 from myspinbot.pool import KernelPool
 from table import Row, main
 
-HEAVY = ("torch", "dlib", "av", "numpy", "cv2", "psycopg", "redis", "minio", "langgraph", "papermill", "matplotlib")
+HEAVY = ("torch", "ai_edge_litert", "av", "numpy", "cv2", "psycopg", "redis", "minio", "langgraph", "papermill", "matplotlib")
 RUNS = 500
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from .core import InputError
 from .mesh import CHIN, LEFT_EYE, RIGHT_EYE, detect, ibug, place_mesh, turn
@@ -282,10 +282,13 @@ def load_landmarks(
     path: str | Path,  # JSON, as `portrait.prepare` writes it
 ) -> Landmarks:
     "Read landmarks back; raises `InputError` for anything else."
+    name, fix = Path(path).name, "Use what portrait.prepare of this version wrote."
     try: return Landmarks.model_validate_json(Path(path).read_bytes())
-    except (OSError, ValueError) as e:
-        name = Path(path).name
-        raise InputError(f"{name} holds no landmarks: {e!s:.200}", "Use the output of portrait.prepare.", file=name) from e
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{name} holds no landmarks: {where + ': ' if where else ''}{first['msg']}.", fix, file=name) from e
+    except OSError as e: raise InputError(f"{name} holds no landmarks: {e!s:.200}", fix, file=name) from e
 
 def brighten(
     rgb: np.ndarray,  # a picture

@@ -72,7 +72,7 @@ def test_two_equal_faces_are_a_question_for_the_user():
 
 def test_pictures_without_a_face_are_refused():
     from skimage import data
-    for rgb in (data.coffee(), data.rocket(), np.zeros((300, 300), np.uint8), np.full((300, 300, 3), 255, np.uint8)):
+    for rgb in (data.coffee(), data.rocket(), data.chelsea(), data.gravel(), data.camera()[250:], np.zeros((300, 300), np.uint8), np.full((300, 300, 3), 255, np.uint8)):
         with pytest.raises(InputError, match="No face found"): prepare_portrait(rgb)
 
 
@@ -178,6 +178,10 @@ def test_landmarks_survive_a_file(tmp_path: Path):
     assert isinstance(p.landmarks, Landmarks) and p.landmarks.array.shape == (478, 2)
     (tmp_path / "bad.json").write_text('{"points": []}')
     with pytest.raises(InputError, match="no landmarks"): load_landmarks(tmp_path / "bad.json")
+    old = p.landmarks.to_json() | dict(points=p.landmarks.to_json()["points"][:68])
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    with pytest.raises(InputError, match="points: .* 478 .* not 68.*portrait.prepare of this version"):
+        load_landmarks(tmp_path / "old.json")
 
 
 def test_a_small_face_in_a_huge_picture_is_found_at_full_resolution():

@@ -474,8 +474,8 @@ def sign_between(
     if certain: return certain[0]  # a name holds none of the signs, so there is one at most
     if found := [s for s in _SIGNS if s != "," and any(s in n for n in split[","])]:
         line = text.splitlines()[0]
-        raise InputError(f"{path}: the first line, {show_value(line)}, holds a {_SIGNS[found[0]]}, but not only names between.",
-                         "Write the names of parameters there, with commas or semicolons between.")
+        raise InputError(f"{path}: the first line, {show_value(line)}, has a {_SIGNS[found[0]]} between what are not all names.",
+                         "Write the names of parameters there, with commas or semicolons between them.")
     return ","
 
 # %% ../nbs/60_cli.ipynb #8efe4c35

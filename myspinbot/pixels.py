@@ -117,12 +117,12 @@ def _png_note(kind: bytes, data: bytes, notes: Notes) -> None:
 _TRANSPARENT = {0: (2,), 2: (6,), 3: range(1, 257)}  # bytes that tRNS has, by the kind of colour
 
 def _png(f: BinaryIO, notes: Notes) -> list[Part]:
-    parts, at, seen, colour = [(0, 8)], 8, set(), 0
+    parts, at, seen, colour = [(0, 8)], f.seek(8), set(), 0
     while len(head := f.read(8)) == 8 and (kind := head[4:]) != b"IEND":
         size = int.from_bytes(head[:4])
         if kind == b"IHDR" and not seen: colour = f.read(10)[9]
         f.seek(at + 8)
-        if kind in (b"IHDR", b"PLTE", b"IDAT"):
+        if kind in (b"IHDR", b"IDAT") or (kind == b"PLTE" and colour == 3):  # else a palette is only a proposal
             if not _sound(f, kind, size): raise ValueError(f"the checksum of its {kind.decode()} chunk is wrong")
             if kind == b"IDAT" or kind not in seen: keep(parts, at, size + 12)
             seen.add(kind)
@@ -146,7 +146,9 @@ def _profile(pieces: dict[int, tuple[int, bytes]]) -> bytes:
 
 def _jpeg_note(marker: int, body: bytes, notes: Notes, pieces: dict[int, tuple[int, bytes]]) -> None:
     "Take what counts from a segment."
-    if marker == 0xe1 and body.startswith(b"Exif\0\0"): notes["exif"] = notes.get("exif", b"") + body[6:]
+    if marker == 0xe1 and body.startswith(b"Exif\0\0"):  # goes on with the one before, or begins anew
+        before = notes.get("exif", b"")
+        notes["exif"] = body[6:] if body[6:8] in (b"II", b"MM") and not exif_turn(before) else before + body[6:]
     if marker == 0xe1 and body.startswith(b"http://ns.adobe.com/xap/1.0/\0"): notes.setdefault("xmp", body)
     if marker == 0xe2 and body.startswith(b"ICC_PROFILE\0") and len(body) > 14: pieces[body[12]] = body[13], body[14:]
 
@@ -158,13 +160,13 @@ def _jpeg(f: BinaryIO, notes: Notes) -> list[Part]:
         if marker == 0xd9: break
         if marker == 0xd8: at = max(head.find(_END, at) + 2, at)  # a thumbnail, in a note whose length is wrong
         if 0xd0 <= marker <= 0xd8: continue
-        size, body = int.from_bytes(head[at:at + 2]), head[at + 2:at + int.from_bytes(head[at:at + 2])]
+        size = int.from_bytes(head[at:at + 2])
         if marker == 0xda:
             notes["profile"] = _profile(pieces)
             if end > len(head) or head.find(_END, at) > 0: return [*parts, (start, end - start)]
             return [*parts, (start, len(head.rstrip(b"\xff")) - start), _END]
         if size < 2 or at + size > len(head): continue
-        _jpeg_note(marker, body, notes, pieces)
+        _jpeg_note(marker, body := head[at + 2:at + size], notes, pieces)
         colours = (marker, body[:5]) in ((0xe0, b"JFIF\0"), (0xee, b"Adobe")) and len(body) >= 12  # what the numbers stand for
         if colours or marker in _JPEG_PIXELS: keep(parts, start, at + size - start)
         at += size
@@ -238,7 +240,8 @@ _WITHOUT_NOTES: dict[str, Callable[[BinaryIO, Notes], list[Part]]] = {
 
 # %% ../nbs/02_pixels.ipynb #a7e10018
 PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")  # Pillow's names
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AssertionError, struct.error)
+BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, RuntimeError, AssertionError,
+          struct.error)  # what Pillow and its decoders raise on bytes they do not expect
 
 def open_picture(
     source: str | Path | bytes,  # a path, or the content
@@ -250,7 +253,7 @@ def open_picture(
     try:
         form, notes = sniff(f.read(HEAD)), {}
         size = f.seek(0, 2)
-        f.seek(8 if form and form.media_type == "image/png" else 0)
+        f.seek(0)
         without = _WITHOUT_NOTES.get(form.media_type) if form else None
         try: parts = without(f, notes) if without else [(0, size)]
         except (struct.error, IndexError) as e: raise ValueError("it ends before its pixels begin") from e

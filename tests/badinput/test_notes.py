@@ -238,6 +238,12 @@ def test_the_orientation_may_stand_in_xmp(form: str, tmp_path: Path) -> None:
         assert used(XMPS[form](bad), tmp_path, np.asarray(LYING)) == ""
 
 
+@pytest.mark.parametrize("first", [b"", b"hello", b"MM", exif(), exif((0x0112, 3, 1, b"\0\x09\0\0"))])
+def test_the_first_block_with_an_orientation_counts(first: bytes, tmp_path: Path) -> None:
+    blocks = [segment(0xe1, b"Exif\0\0" + e) for e in (first, exif(ORIENTED), exif((0x0112, 3, 1, b"\0\3\0\0")))]
+    assert used(jpeg(*blocks), tmp_path) == ""
+
+
 def test_exif_goes_before_xmp(tmp_path: Path) -> None:
     both = segment(0xe1, b"Exif\0\0" + exif((0x0112, 3, 1, b"\0\1\0\0"))), segment(0xe1, b"http://ns.adobe.com/xap/1.0/\0" + XMP)
     assert used(jpeg(*both), tmp_path, np.asarray(LYING)) == ""
@@ -282,7 +288,7 @@ PNGS |= {f"wrong checksum in {k.decode()}": lambda k=k, d=d: png(chunk(k, d, crc
     b"tEXt": b"Comment\0hello", b"zTXt": b"Comment\0\0" + text(9), b"iTXt": b"Comment\0\0\0\0\0hello", b"tIME": bytes(7),
     b"pHYs": bytes(9),
     b"gAMA": bytes(4), b"iCCP": b"p\0\0" + zlib.compress(SRGB), b"eXIf": exif((0x0112, 3, 1, b"\0\1\0\0")), b"tRNS": bytes(6),
-    b"sRGB": b"\0", b"cHRM": bytes(32), b"prVt": b"hello", b"acTL": bytes(8)}.items()}
+    b"sRGB": b"\0", b"cHRM": bytes(32), b"prVt": b"hello", b"acTL": bytes(8), b"PLTE": bytes(6)}.items()}
 PNGS |= {f"wrong checksum in {k.decode()} behind the pixels": lambda k=k: png(chunk(k, b"Comment\0hello", crc=1), behind=True)
          for k in (b"tEXt", b"zTXt", b"iTXt", b"tIME")}
 
@@ -599,7 +605,9 @@ CUT |= {"PNG: wrong checksum of its pixels": lambda: flipped(png(), png().index(
         "WebP: no pixels": lambda: webp()[:30], "TIFF: no directory": lambda: tiff()[:9],
         "TIFF: a directory outside": lambda: b"II*\0\xff\xff\xff\0" + bytes(90),
         "TIFF: no known compression": lambda: tiff().replace(*(struct.pack("<HHIH", 259, 3, 1, n) for n in (1, 999))),
-        "GIF: no pixels": lambda: gif()[:gif().index(b",")], "AVIF: no pixels": lambda: encoded("AVIF")[:60]}
+        "GIF: no pixels": lambda: gif()[:gif().index(b",")], "AVIF: no pixels": lambda: encoded("AVIF")[:60],
+        "AVIF: pixels of noise": lambda: encoded("AVIF").partition(b"mdat")[0] + b"mdat" + bytes(range(256)) * 9,
+        "AVIF: no such item": lambda: encoded("AVIF").replace(b"av01Color", b"av99Color")}
 
 
 @pytest.mark.parametrize("case", CUT)

@@ -18,7 +18,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from .catalogue import Catalogue, catalogue
-from .content import GIVE, HEAD, name_of, named, open_picture, sniff, true_type
+from .content import GIVE, HEAD, give, name_of, named, sniff, true_type
+from .pixels import BROKEN, open_picture
 from .core import GraphError, InputError, NotFound, SpinError
 from .schema import MAX_PIXELS, MEDIA, Artifact, Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec
 from .schema import check_json, is_media, parse_value, port_type, revive, show_value, text_problem
@@ -102,7 +103,8 @@ def misfit(
     kind = type.removeprefix("list[").removesuffix("]")
     wrong = [o for o in (v if isinstance(v, list | tuple) else [v]) if isinstance(o, Artifact) and not fits(o, kind)]
     if wrong and kind in MEDIA:
-        return f"{show_value(wrong[0].name)}, which is {name_of(wrong[0].media_type)}", GIVE.get(kind, _GIVE[kind])
+        fix = give(kind, wrong[0].media_type) if kind in GIVE else _GIVE[kind]
+        return f"{show_value(wrong[0].name)}, which is {name_of(wrong[0].media_type)}", fix
     return "nothing (null)" if v is None else f"{show_value(v)} ({type_of(v)})", _GIVE.get(type, f"Give a value of type {type}.")
 
 class Scope:
@@ -416,8 +418,8 @@ def check_file(
     form, found = sniff(head), named(head)
     told = found.startswith("a text") or (form is not None and form.kinds == ("Data",))  # else a picture's own check says more
     if (form is None or kind not in form.kinds) and (kind != "Image" or told):
-        raise InputError(f"{where}: {path!r} is no {kind.lower()} but {found}.", f"{GIVE[kind]} {where} is of type {kind}.",
-                         path=path)
+        said = f"{found}, which is not read" if kind == "Image" and form and form.convert else f"no {kind.lower()} but {found}"
+        raise InputError(f"{where}: {path!r} is {said}.", f"{give(kind, form)} {where} is of type {kind}.", path=path)
     if kind == "Image": check_picture(f"{where}: {path!r}", file, head, port.least or 1)
 
 # %% ../nbs/03_check.ipynb #36088fdb
@@ -435,16 +437,13 @@ def check_picture(
         with open_picture(file) as im:
             (w, h), form = im.size, im.format
             if w * h > MAX_PIXELS: raise InputError(f"{where} is {w}x{h}; {most}.", fix)
-            im.verify()  # of a PNG all checksums, of others nothing
     except Pillow.DecompressionBombError as e:
         many = re.search(r"\d{6,}", str(e))
         raise InputError(f"{where} has {int(many[0]) // 10**6 if many else 'too many'} megapixels; {most}.", fix) from e
     except UnidentifiedImageError as e:
-        if (form := sniff(head)) and form.media_type in ("image/heic", "image/avif"): return  # a worker may have what reads it
         raise InputError(f"{where} is no picture, or a damaged one; it begins with the bytes {head[:8].hex(' ')}.",
                          "Give a JPEG, PNG or WebP file.") from e
-    except (OSError, SyntaxError, ValueError, EOFError) as e:
-        raise InputError(f"{where} is damaged: {e}.", "Copy or download it again.") from e
+    except BROKEN as e: raise InputError(f"{where} is damaged: {e}.", "Copy or download it again.") from e
     if min(w, h) < least:
         raise InputError(f"{where} is a {form} of only {w}x{h} pixels.", f"Use at least {least:g} pixels a side.")
 

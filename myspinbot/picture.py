@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .content import GIVE, HEAD, named, open_picture, sniff
+from .content import GIVE, HEAD, give, named, sniff
 from .core import ConfigError, InputError
+from .pixels import BROKEN, decode, open_picture
 from .schema import MAX_PIXELS
 
 # %% ../nbs/31_picture.ipynb #e08afe22
@@ -29,47 +30,25 @@ def _open(source: Any, name: str) -> Any:
     "The lazily opened Pillow image behind a path, bytes or an image."
     from PIL import Image, UnidentifiedImageError
     if isinstance(source, Image.Image): return source
-    if isinstance(source, bytes):
-        import io
-        head, stream = source[:HEAD], io.BytesIO(source)
+    if isinstance(source, bytes): head = source[:HEAD]
     else:
         path = Path(source)
         if not path.exists(): raise InputError(f"There is no picture {name}.", "Check the path.", file=name)
         if not path.is_file(): raise InputError(f"{name} is not a file.", GIVE["Image"], file=name)
         with path.open("rb") as f: head = f.read(HEAD)
-        stream = path
     if not head: raise InputError(f"The picture {name} is empty (0 bytes).", "Copy or download it again.", file=name)
-    try: return open_picture(stream)
+    try: return open_picture(source)
     except Image.DecompressionBombError as e:
         many = re.search(r"\d{6,}", str(e))
         raise InputError(f"{name} has {int(many[0]) // 10**6 if many else 'too many'} megapixels; "
                          f"at most {MAX_PIXELS // 10**6} are read.", "Reduce it first.", file=name) from e
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as e:
-        known = (form := sniff(head)) and "Image" in form.kinds
-        what = f"{form.name} that is damaged or cannot be read here" if known else f"not a picture: found {named(head)}"
-        raise InputError(f"{name} is {what}.", GIVE["Image"], file=name) from e
-
-# %% ../nbs/31_picture.ipynb #de2d5db1
-def _to_rgb(im: Any) -> Any:
-    "Pillow image of any mode -> mode RGB: 16 bit scaled, profiles applied, transparency laid on light grey."
-    from PIL import Image, ImageCms
-    if im.mode.startswith(("I", "F")):
-        a = np.asarray(im, dtype=np.float32)
-        top = 65535.0 if im.mode.startswith("I;16") or (im.mode == "I" and a.max() > 255) else max(float(a.max()), 1e-6)
-        return Image.fromarray((a.clip(0, top) * (255 / top) + 0.5).astype(np.uint8)).convert("RGB")
-    profile, alpha = im.info.get("icc_profile"), None
-    if im.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in im.info:
-        im = im.convert("RGBA")
-        alpha = im.getchannel("A")
-        im = im.convert("RGB")
-    if profile and im.mode in ("RGB", "CMYK"):
-        import io
-        try:
-            given, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-            im = ImageCms.profileToProfile(im, given, srgb, outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError): im = im.convert("RGB")  # a broken profile is common and harmless
-    im = im.convert("RGB")
-    return im if alpha is None else Image.composite(im, Image.new("RGB", im.size, (225, 225, 225)), alpha)
+    except BROKEN as e:
+        what, form = f"not a picture: found {named(head)}", sniff(head)
+        if form and form.convert: what = f"{form.name}, which is not read"
+        elif form and "Image" in form.kinds:
+            why = "" if isinstance(e, UnidentifiedImageError) else f": {e}"
+            what = f"{form.name} that is damaged or cannot be read here{why}"
+        raise InputError(f"{name} is {what}.", give("Image", form), file=name) from e
 
 # %% ../nbs/31_picture.ipynb #f7d08829
 def load_picture(
@@ -77,7 +56,7 @@ def load_picture(
     name: str = "",  # how to call it in messages; default: the file's name
 ) -> np.ndarray:  # (height, width, 3) uint8 RGB, upright, at most `MAX_SIDE` wide or high
     "Read any picture; raises `InputError` that names the file, what was found and the fix."
-    from PIL import Image, ImageOps
+    from PIL import Image
     name = name or (Path(source).name if isinstance(source, str | Path) else "the picture")
     if isinstance(source, np.ndarray):
         if source.ndim not in (2, 3) or not source.size or (source.ndim == 3 and source.shape[2] not in (1, 3, 4)):
@@ -92,11 +71,8 @@ def load_picture(
         raise InputError(f"{name} is {w}x{h}; at most {MAX_PIXELS // 10**6} megapixels are read.", "Reduce it first.",
                          file=name)
     if min(w, h) < 48: raise InputError(f"{name} is only {w}x{h} pixels.", "Use at least 48 pixels a side.", file=name)
-    try:
-        im.draft("RGB", (MAX_SIDE, MAX_SIDE))
-        im.load()
-        im = _to_rgb(ImageOps.exif_transpose(im))
-    except (OSError, ValueError, SyntaxError, EOFError) as e:
+    try: im = decode(im, MAX_SIDE)
+    except BROKEN as e:
         raise InputError(f"{name} is damaged: {e}.", "Copy or download it again.", file=name) from e
     if max(im.size) > MAX_SIDE: im.thumbnail((MAX_SIDE, MAX_SIDE))
     return np.ascontiguousarray(np.asarray(im))

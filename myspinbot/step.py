@@ -14,8 +14,8 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from .content import open_picture
 from .core import ConfigError, InputError, NotFound, StepFailed, canonical_json, mended, whole_text
+from .pixels import BROKEN, decode, open_picture
 from .schema import Audio, Data, Image, Video, is_media, port_type, text_problem
 
 _all_ = ["Audio", "Data", "Image", "Video"]
@@ -79,12 +79,11 @@ def preview_jpeg(
             if a.ndim == 3 and a.shape[2] == 1: a = a[..., 0]
             if a.dtype != np.uint8: a = (np.clip(np.nan_to_num(a.astype(np.float32)), 0, 1) * 255).astype(np.uint8)
             picture = PILImage.fromarray(np.ascontiguousarray(a))
-        picture.draft("RGB", (px, px))
-        picture = picture.convert("RGB")
+        picture = decode(picture, px)
         picture.thumbnail((px, px))
         f = io.BytesIO()
         picture.save(f, "JPEG", quality=80)
-    except (OSError, TypeError, ValueError, AttributeError, PILImage.DecompressionBombError) as e:
+    except (*BROKEN, AttributeError, PILImage.DecompressionBombError) as e:
         raise InputError(f"Not a picture: {picture!r:.200} ({e}).", "Give a PIL image, an RGB array or a path.") from e
     return f.getvalue()
 

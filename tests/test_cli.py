@@ -80,6 +80,13 @@ def test_batch_checks_every_row_before_the_first_is_submitted(up, tmp_path):
     assert "Row 2" in r.stderr and "names" in r.stderr and len(up.client.jobs()) == before
 
 
+def test_batch_takes_a_table_with_semicolons(up, tmp_path):
+    for path in (tmp_path / "rows.csv", tmp_path / "rows.tsv"):
+        path.write_text('names;seconds\n"[""a, b""]";0\n[];\n')
+        done = last_json(run(up.env, "batch", "fan", str(path), "--json"))["jobs"]
+        assert [up.client.job(j["job"]).params["names"] for j in done] == [["a, b"], []]
+
+
 def test_same_key_is_one_job(up):
     ids = {last_json(run(up.env, "submit", "fan", "--key", "k1", "--json"))["job"] for _ in range(2)}
     assert len(ids) == 1

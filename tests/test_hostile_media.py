@@ -374,10 +374,61 @@ def test_good_pictures_open_whatever_they_are_called(form: str, tmp_path: Path) 
     assert load_picture(io.BytesIO(path.read_bytes()).getvalue()).shape == (64, 64, 3)
 
 
-def test_a_picture_in_a_form_that_only_a_worker_may_read_is_accepted(tmp_path: Path) -> None:
-    (path := tmp_path / "me.jpg").write_bytes(struct.pack(">I4s4s4s", 24, b"ftyp", b"heic", bytes(4)) + b"mif1heic" + bytes(99))
-    assert accepted(path, "Image")
-    with pytest.raises(SpinError, match="a HEIC picture that is damaged or cannot be read here"): load_picture(path)
+def boxes(brand: bytes, *others: bytes) -> bytes: return boxed(b"ftyp", brand + bytes(4) + b"".join(others)) + bytes(99)
+
+
+UNREAD: dict[str, tuple[str, bytes, str, str]] = {  # name, content, what it is called, the way out
+    "HEIC": ("IMG_1.HEIC", boxes(b"heic", b"mif1", b"heic"), "a HEIC picture", "Save it as JPEG: on a Mac with Preview"),
+    "HEIC of several": ("IMG_2.jpg", boxes(b"mif1", b"mif1", b"heix"), "a HEIC picture", "an iPhone takes JPEG with Settings"),
+    "HEIC that moves": ("IMG_3.heic", boxes(b"hevc", b"msf1"), "a HEIC picture", "heif-convert"),
+    "JPEG XL": ("me.jxl", b"\xff\x0a\xfa\x7f\x01\x90" + bytes(99), "a JPEG XL picture", "djxl"),
+    "JPEG XL in a box": ("me.jxl", b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), "a JPEG XL picture", "djxl"),
+    "JPEG 2000": ("me.jp2", picture("JPEG2000"), "a JPEG 2000 picture", "Export it as JPEG or PNG"),
+    "JPEG XR": ("me.jxr", b"II\xbc\1" + bytes(99), "a JPEG XR picture", "Export it"),
+    "Photoshop": ("me.psd", b"8BPS\0\1" + bytes(99), "a Photoshop file (PSD)", "Export it"),
+    "GIMP": ("me.xcf", b"gimp xcf v011\0" + bytes(99), "a GIMP file (XCF)", "Export it"),
+    "OpenEXR": ("me.exr", b"v/1\1\2" + bytes(99), "an OpenEXR picture", "Export it"),
+    "Radiance": ("me.hdr", b"#?RADIANCE\n", "a Radiance picture (HDR)", "Export it"),
+    "icon": ("me.ico", picture("ICO"), "an icon (ICO)", "Export it"),
+    "QOI": ("me.qoi", b"qoif\0\0\0\x40\0\0\0\x40\3\0" + bytes(99), "a QOI picture", "Export it"),
+    "Canon": ("me.cr2", b"II*\0\x10\0\0\0CR\2\0" + bytes(99), "the raw picture of a camera", "Export it as JPEG from the camera"),
+    "newer Canon": ("me.cr3", boxes(b"crx ", b"isom"), "the raw picture of a camera", "Export it"),
+    "Fuji": ("me.raf", b"FUJIFILMCCD-RAW 0201" + bytes(99), "the raw picture of a camera", "Export it"),
+    "Olympus": ("me.orf", b"IIRO\x08\0\0\0" + bytes(99), "the raw picture of a camera", "Export it"),
+    "Panasonic": ("me.rw2", b"IIU\0\x18\0\0\0" + bytes(99), "the raw picture of a camera", "Export it"),
+}
+
+
+@pytest.mark.parametrize("form", UNREAD)
+def test_a_picture_that_is_not_read_is_named_with_the_way_out(form: str, door: SimpleNamespace, tmp_path: Path) -> None:
+    name, data, called, way = UNREAD[form]
+    (path := tmp_path / name).write_bytes(data)
+    graph = dict(name="g", params=[dict(name="file", type="Image")], nodes=[dict(id="say", step="speech.piper")])
+    uploaded = door.http.post("/artifacts", params=dict(name=name), content=data).json()
+    refused = []
+    for submit in (lambda: accepted(path, "Image"), lambda: door.client.submit(graph, dict(file=str(path))),
+                   lambda: door.client.submit(graph, dict(file=Artifact(**uploaded))), lambda: load_picture(path),
+                   lambda: load_picture(data, name), lambda: thumbnail(path)):
+        with pytest.raises(InputError) as e: submit()
+        refused.append((e.value.message, e.value.hint))
+    for claimed in (uploaded["media_type"], "image/jpeg", "application/octet-stream"):
+        r = door.http.post("/jobs", json=dict(graph=graph, params=dict(file=uploaded | dict(media_type=claimed))))
+        assert r.status_code == 422, r.text
+        refused.append((r.json()["message"], r.json()["hint"]))
+    for said, fix in refused: assert name in said and called in said and way in fix and "Give a JPEG" in fix, (said, fix)
+    assert door.client.jobs() == []
+    graph["params"][0]["type"] = "Data"  # a step of one's own may read it
+    assert door.http.post("/jobs", json=dict(graph=graph, params=dict(file=uploaded))).status_code == 201
+    assert accepted(path, "Data")
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "MPO"])
+def test_a_picture_that_is_read_passes_at_submission(form: str, door: SimpleNamespace, tmp_path: Path) -> None:
+    (path := tmp_path / "me").write_bytes(picture(form))
+    graph = dict(name="g", params=[dict(name="file", type="Image")], nodes=[dict(id="say", step="speech.piper")])
+    uploaded = door.http.post("/artifacts", params=dict(name="me"), content=picture(form)).json()
+    assert door.http.post("/jobs", json=dict(graph=graph, params=dict(file=uploaded))).status_code == 201
+    assert door.client.submit(graph, dict(file=str(path))).params["file"].media_type == uploaded["media_type"]
 
 
 def test_a_moving_gif_is_a_picture_and_its_frames_can_be_read(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from farm import Farm, http_of
 from PIL import Image
 
 from myspinbot.catalogue import Catalogue
+from myspinbot.cli import read_table
 from myspinbot.core import InputError, NotFound, SpinError, error_from_dict
 from myspinbot.runner import LocalRunner
 from myspinbot.schema import Graph, Node, ParamRef, Port
@@ -238,6 +239,17 @@ CSVS: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "open quote": (b'names\n"[\n', ("line", "unexpected end")),
     "NUL": (b'names\n"[""\0""]"\n', ("names", "JSON")),
     "cell of 200 000 characters": (b"names\n" + b"x" * 200_000 + b"\n", ("line", "field limit")),
+    "semicolons between what are no names": (b"seconds;my names\n1;2\n", ("first line", "'seconds;my names'", "semicolon")),
+    "tabs between what are no names": (b"seconds\tmy names\n1\t2\n", ("first line", "tab")),
+    "semicolons and commas": (b"seconds;a,names\n1;2,3\n", ("first line", "semicolon")),
+    "semicolons and an unknown column": (b"seconds;nmes\n1;2\n", ("Row 1", "no parameter 'nmes'", "Did you mean names?")),
+    "semicolons and more cells": (b"seconds;names\n1;[];3\n", ("line 2", "more cells than the 2 columns", "semicolon")),
+    "semicolons and decimal commas": (b"seconds;names\n0,5;[]\n", ("Row 1", "seconds takes float", "'0,5'")),
+    "wrong number of cells behind a line for Excel": (b"sep=;\nseconds;names\n1;[];3\n", ("line 3", "more cells")),
+    "Windows-1252": (b'names\n"[""Gr\xfc\xdfe""]"\n', ("line 2", "0xfc", "Windows-1252", "UTF-8")),
+    "UTF-16 without a mark": ("names\n[]\n".encode("utf-16-le"), ("UTF-16", "UTF-8")),
+    "half of UTF-16": (b"\xff\xfen\0a", ("cannot be read", "UTF-8")),
+    "a workbook": (b"PK\x03\x04" + bytes(99), ("a ZIP archive", "CSV")),
 }
 
 
@@ -247,6 +259,33 @@ def test_batch_csv_is_refused_before_the_first_job(name: str, home: Farm, tmp_pa
     said = cli(home, "batch", "fan", str(tmp_path / "rows.csv"))
     assert all(w in said for w in ("rows.csv", *CSVS[name][1])), said
     nothing_left(home)
+
+
+READ: dict[str, bytes] = {  # two rows with the same parameters, as programs write them
+    "semicolons": b'seconds;names\n0.5;"[""a"", ""b;c""]"\n;[]\n',
+    "tabs": b'seconds\tnames\n0.5\t"[""a"", ""b;c""]"\n\t[]\n',
+    "bars": b'seconds|names\n0.5|"[""a"", ""b;c""]"\n|[]\n',
+    "commas": b'seconds,names\n0.5,"[""a"", ""b;c""]"\n,[]\n',
+    "names in quotes": b'"seconds";"names"\r\n"0.5";"[""a"", ""b;c""]"\r\n;[]\r\n',
+    "a semicolon at each end": b'seconds;names;\n0.5;"[""a"", ""b;c""]";\n;[];\n',
+    "a mark before UTF-8": b'\xef\xbb\xbfseconds;names\n0.5;"[""a"", ""b;c""]"\n;[]\n',
+    "UTF-16": 'seconds\tnames\r\n0.5\t"[""a"", ""b;c""]"\r\n\t[]\r\n'.encode("utf-16"),
+    "UTF-16, the other order": b"\xfe\xff" + 'seconds\tnames\r\n0.5\t"[""a"", ""b;c""]"\r\n\t[]\r\n'.encode("utf-16-be"),
+    "a line for Excel": b'sep=;\r\nseconds;names\r\n0.5;"[""a"", ""b;c""]"\r\n;[]\r\n',
+    "lines as of old": b'seconds;names\r0.5;"[""a"", ""b;c""]"\r;[]\r',
+}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".CSV", ".tsv"])
+@pytest.mark.parametrize("name", READ)
+def test_a_table_is_read_however_its_columns_are_separated(name: str, suffix: str, tmp_path: Path) -> None:
+    (path := tmp_path / f"rows{suffix}").write_bytes(READ[name])
+    assert read_table(path) == [dict(seconds="0.5", names='["a", "b;c"]'), dict(names="[]")]
+
+
+def test_a_single_column_may_hold_any_sign(tmp_path: Path) -> None:
+    (path := tmp_path / "rows.csv").write_text("text\nHello; world | all\t\n\"One, two\"\n")
+    assert read_table(path) == [dict(text="Hello; world | all\t"), dict(text="One, two")]
 
 
 LAUGHS = ["&a [x, x]"] + [f"&{b} [{', '.join([f'*{a}'] * 8)}]" for a, b in zip("abcdefghij", "bcdefghijk", strict=True)]

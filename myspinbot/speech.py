@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SILENCE', 'patched_voice', 'Voice', 'load_voice', 'synthesize', 'tidy_phonemes', 'say', 'speak', 'openness',
-           'opening_curve', 'plot_speech', 'phoneme_table']
+           'opening_curve', 'plot_speech', 'word_table', 'phoneme_table']
 
 # %% ../nbs/31_speech.ipynb #79b51c36
 import html, io, json, os, tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from .core import ConfigError, InputError, hash_file, new_id, settings
+from .reading import Unit, find_pronunciations, for_espeak, read_aloud, read_pronunciations, spoken_text
 from .sound import LoudnessMeter, limit_peaks, read_wav, write_wav
-from .text import Piece, clean_text, demand_latin, split_sentences
+from .text import Piece, demand_latin, name_signs, plain_text, split_sentences
+from .words import word_spans
 
 # %% ../nbs/31_speech.ipynb #720d36ab
 _NOISE = dict(noise_w=1 << 14, noise_z=1 << 20)  # lengths; read round and round by longer pieces
@@ -158,6 +160,50 @@ def tidy_phonemes(
     if carry: out[-1][1] += carry
     return [(p, n) for p, n in out if n]
 
+# %% ../nbs/31_speech.ipynb #dc442e1a
+def _sounds(voice: Voice, symbols: list[str]) -> str:
+    "Only what the mouth does."
+    return "".join(p for p in symbols if p in voice.ids and p not in _GAPS | _BEFORE | _AFTER | {SILENCE})
+
+@lru_cache(maxsize=20_000)
+def _alone(word: str) -> str:
+    "The sounds of a word by itself."
+    v = load_voice()
+    return "".join(_sounds(v, o) for o in v.piper.phonemize(for_espeak([Unit(word, word)])))
+
+def _groups(spans: list[tuple[str, int]], tidy: list[tuple[str, int]], at: int) -> list[tuple[str, int, int]]:
+    "The sounds between two gaps, with their samples, which are those of whole phonemes."
+    ends = np.cumsum([0, *(n for _, n in tidy)])
+    near = lambda n: at + int(ends[np.abs(ends - n).argmin()])
+    out, text, pos, begin = [], "", 0, 0
+    for p, n in [*spans, ("$", 0)]:
+        if p in _GAPS:
+            if text: out.append((text, near(begin), near(pos)))
+            text = ""
+        elif p not in _BEFORE | _AFTER:
+            begin = begin if text else pos
+            text += p
+        pos += n
+    return out
+
+# %% ../nbs/31_speech.ipynb #dc442e1b
+def _words(units: list[Unit], groups: list[tuple[str, int, int]], start: int, size: int) -> list[tuple[str, str, int, int]]:
+    "Each word as it is spoken, what is written for it (at the first of several words), and when it sounds."
+    said, lead = [], ""
+    for u in units:
+        words = u.words
+        if not words:
+            if said: said[-1] = (said[-1][0], f"{said[-1][1]} {u.written}".strip())
+            else: lead += f"{u.written} "
+            continue
+        said += [(w, "" if i else lead + u.written) for i, w in enumerate(words)]
+        lead = ""
+    spans = word_spans([_alone(w) for w, _ in said], groups)
+    spans = [(min(max(a - start, 0), size), min(max(b - start, 0), size)) for a, b in spans]
+    if spans: spans = [(0, spans[0][1]), *spans[1:]] if len(spans) > 1 else [(0, size)]
+    if len(spans) > 1: spans[-1] = (spans[-1][0], size)
+    return [(w, o, a, b) for (w, o), (a, b) in zip(said, spans)]
+
 # %% ../nbs/31_speech.ipynb #dc442e0d
 @dataclass
 class _Spoken:
@@ -165,6 +211,8 @@ class _Spoken:
     piece: Piece
     sound: np.ndarray                # float32, as loud as the model made it
     phonemes: list[tuple[str, int]]  # symbol, samples
+    units: list[Unit]
+    words: list[tuple[str, str, int, int]] = field(default_factory=list)  # as spoken, as written, first and last sample
 
 def _trim(phonemes: list[tuple[str, int]], head: int, tail: int) -> list[tuple[str, int]]:
     "Take samples off both ends."
@@ -180,14 +228,18 @@ def say(
     piece: Piece,
     speed: float = 1.0,
     seed: int = 0,
+    units: list[Unit] | None = None,  # the words for the piece; default: what the rules say
 ) -> _Spoken | None:  # None where the voice finds nothing to say
     "Speak one piece, cut to its sound, with 8 ms fades."
-    sounds, phonemes = [], []
-    for i, symbols in enumerate(voice.piper.phonemize(piece.text)):
-        if not any(p in voice.ids and p not in _GAPS | _BEFORE | _AFTER for p in symbols): continue
+    units = read_aloud(piece.text) if units is None else units
+    sounds, phonemes, groups, at = [], [], [], 0
+    for i, symbols in enumerate(voice.piper.phonemize(for_espeak(units))):
+        if not _sounds(voice, symbols): continue
         x, spans = synthesize(voice, symbols, speed, seed + i)
         sounds.append(x)
-        phonemes += tidy_phonemes(x, spans)
+        phonemes += (tidy := tidy_phonemes(x, spans))
+        groups += _groups(spans, tidy, at)
+        at += len(x)
     if not sounds: return None
     x = np.concatenate(sounds)
     loud = np.flatnonzero(np.abs(x) > 0.012 * np.abs(x).max())
@@ -198,7 +250,7 @@ def say(
     ramp = np.sin(np.linspace(0, np.pi / 2, min(fade, len(x) // 2), dtype=np.float32)) ** 2
     x[:len(ramp)] *= ramp
     if len(ramp): x[-len(ramp):] *= ramp[::-1]
-    return _Spoken(piece, x, phonemes)
+    return _Spoken(piece, x, phonemes, units, _words(units, groups, start, len(x)))
 
 # %% ../nbs/31_speech.ipynb #f21a1a13
 _EDGE_S = 0.15                                                    # silence at both ends
@@ -206,7 +258,7 @@ _PAUSE = dict(clause=0.4, sentence=1.0, paragraph=2.2, end=0.0)  # in units of `
 
 class _Timeline:
     "Collects phonemes by sample counts, so that times never drift from the sound."
-    def __init__(self, rate: int): self.rate, self.at, self.items, self.sentences = rate, 0, [], []
+    def __init__(self, rate: int): self.rate, self.at, self.items, self.sentences, self.words, self.text = rate, 0, [], [], [], ""
 
     def add(self, symbol: str, n: int, sentence: int) -> None:
         if n <= 0: return
@@ -216,16 +268,19 @@ class _Timeline:
         self.at = end
 
     def speak(self, s: _Spoken) -> None:
-        begin = self.at
+        begin = first = self.at
         for p, n in s.phonemes: self.add(p, n, s.piece.sentence)
         if self.sentences and self.sentences[-1][3] == s.piece.sentence:
             text, begin, *_ = self.sentences.pop()
             self.sentences.append((f"{text} {s.piece.text}", begin, self.at, s.piece.sentence))
         else: self.sentences.append((s.piece.text, begin, self.at, s.piece.sentence))
+        self.words += [(w, o, first + a, first + b, s.piece.sentence) for w, o, a, b in s.words]
+        self.text += spoken_text(s.units) + ("\n\n" if s.piece.then == "paragraph" else " ")
 
     def document(self) -> dict[str, Any]:
         t = lambda n: round(n / self.rate, 6)
-        return dict(sample_rate=self.rate, duration_s=t(self.at),
+        return dict(sample_rate=self.rate, duration_s=t(self.at), text=self.text.strip(),
+                    words=[dict(text=w, written=o, start_s=t(a), end_s=t(b), sentence=s) for w, o, a, b, s in self.words],
                     phonemes=[dict(phoneme=p, start_s=t(a), end_s=t(b), sentence=s) for p, a, b, s in self.items],
                     sentences=[dict(text=x, start_s=t(a), end_s=t(b)) for x, a, b, _ in self.sentences])
 
@@ -236,6 +291,17 @@ def _check(speed: float, pause_s: float) -> None:
             raise InputError(f"{name}={value!r} is out of range.", f"Choose {low} to {high}.", value=str(value))
 
 
+def _prepare(text: str, pronunciation: str) -> tuple[list[Piece], list[list[Unit]], list[str]]:
+    "The pieces of a text, the words for each, and what a listener should know."
+    say, plain, dropped = read_pronunciations(pronunciation), plain_text(text), []
+    hidden = list(plain.text)  # what the list says need not be in Latin letters
+    for a, b, _ in find_pronunciations(plain.text, say): hidden[a:b] = "a" * (b - a)
+    lone, pieces = demand_latin("".join(hidden)), split_sentences(plain.text)
+    units = [read_aloud(p.text, find_pronunciations(p.text, say), dropped) for p in pieces]
+    lone = [c for c in dict.fromkeys(lone) if any(c in u.spoken for o in units for u in o)]
+    dropped = plain.dropped + dropped
+    notes = plain.notes + ([f"Not spoken: {name_signs(dropped)}."] if dropped else [])
+    return pieces, units, notes + ([f"{', '.join(lone)}: read by name."] if lone else [])
 
 def _level(parts: Callable[[], Iterator[np.ndarray]], rate: int, target: float) -> float:
     "The gain at which `parts`, once limited, reach `target` LUFS."
@@ -258,13 +324,13 @@ def speak(
     pause_s: float = 0.35,    # silence between sentences; paragraphs get 2.2 times as much
     seed: int = 0,            # another seed: another intonation
     lufs: float = -16.0,      # loudness; peaks stay below -1 dBFS
+    pronunciation: str = "",  # how words are spoken, such as "GIF=jif; SQL=sequel"
     on_progress: _LISTEN | None = None,  # called with 0..1 and a note
-) -> dict[str, Any]:          # sample_rate, duration_s, phonemes, sentences, notes
-    "Speak a text into a file and tell when each phoneme sounds; raises `InputError` for what cannot be spoken."
+) -> dict[str, Any]:          # sample_rate, duration_s, text, words, phonemes, sentences, notes
+    "Speak a text into a file and tell when each word and phoneme sounds; raises `InputError` for what cannot be spoken."
     _check(speed, pause_s)
-    text, path = clean_text(text), Path(path)
-    lone, pieces = demand_latin(text), split_sentences(text)
-    voice = load_voice()
+    pieces, units, notes = _prepare(text, pronunciation)
+    voice, path = load_voice(), Path(path)
     line, sizes = _Timeline(voice.rate), []
     with tempfile.TemporaryFile() as spool:
         def add(x: np.ndarray) -> None:
@@ -278,7 +344,7 @@ def speak(
             for n in sizes: yield np.frombuffer(spool.read(4 * n), np.float32)
         silence(_EDGE_S, 0)
         for i, piece in enumerate(pieces):
-            spoken = say(voice, piece, speed, 1000 * seed + i)
+            spoken = say(voice, piece, speed, 1000 * seed + i, units[i])
             if spoken:
                 line.speak(spoken)
                 add(spoken.sound)
@@ -289,7 +355,7 @@ def speak(
         gain = np.float32(_level(parts, voice.rate, lufs))
         write_wav(path, (limit_peaks(x * gain, rate=voice.rate) for x in parts()), voice.rate)
     if on_progress: on_progress(1.0, f"{line.at / voice.rate:.1f} s")
-    return line.document() | dict(notes=[f"{', '.join(dict.fromkeys(lone))}: read by name."] if lone else [])
+    return line.document() | dict(notes=notes)
 
 # %% ../nbs/31_speech.ipynb #f3093f0e
 _OPEN: dict[str, float] = {
@@ -352,14 +418,24 @@ def plot_speech(
     fig.savefig(png := io.BytesIO(), format="png", dpi=70)
     return Image(data=png.getvalue(), format="png")
 
+# %% ../nbs/31_speech.ipynb #5e771c01
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Any:
+    from IPython.display import HTML
+    row = lambda cells: "<tr>" + "".join(f"<td>{html.escape(str(o))}</td>" for o in cells) + "</tr>"
+    return HTML(f"<table>{row(head)}{''.join(map(row, rows))}</table>")
+
+def word_table(
+    phonemes: dict[str, Any],
+    rows: int = 40,           # at most so many
+) -> Any:                     # shows as a table in a notebook
+    "Each word as it is spoken, what is written for it, and its times."
+    return _table(("word", "written", "from s", "to s"), [(w["text"], w["written"], f"{w['start_s']:.2f}", f"{w['end_s']:.2f}")
+                                                          for w in phonemes["words"][:rows]])
+
 def phoneme_table(
     phonemes: dict[str, Any],
     rows: int = 40,           # at most so many
 ) -> Any:                     # shows as a table in a notebook
     "Each sound with its times and the opening it asks for."
-    from IPython.display import HTML
-    row = lambda *c: "<tr>" + "".join(f"<td>{html.escape(str(o))}</td>" for o in c) + "</tr>"
-    number = lambda *c: [f"{o:.2f}" for o in c]
-    cells = lambda p: (p["phoneme"], *number(p["start_s"], p["end_s"], openness(p["phoneme"])), p["sentence"])
-    body = "".join(row(*cells(p)) for p in phonemes["phonemes"][:rows])
-    return HTML(f"<table>{row('sound', 'from s', 'to s', 'opening', 'sentence')}{body}</table>")
+    cells = lambda p: (p["phoneme"], *(f"{o:.2f}" for o in (p["start_s"], p["end_s"], openness(p["phoneme"]))), p["sentence"])
+    return _table(("sound", "from s", "to s", "opening", "sentence"), [cells(p) for p in phonemes["phonemes"][:rows]])

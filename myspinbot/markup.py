@@ -14,9 +14,10 @@ from typing import Any
 # %% ../nbs/30_markup.ipynb #ca490be9
 _MARKS = re.compile(r"[*_`<>~|\[\\&]|^[^\S\n]*(?:#|>|[-+•‣◦▪·][^\S\n]|\d{1,9}[.)][^\S\n]|-{3}|={3})", re.M)
 _BULLET = re.compile(r"^([^\S\n]*)[•‣◦▪·](?=[^\S\n])", re.M)
-_PRODUCT = re.compile(r"(?<![\w*])(?:\d[\d.]*|[A-Za-z])(?:\*(?:\d[\d.]*|[A-Za-z]))+(?![\w*])")  # 2*3*4 has nothing in italics
-_TAGS = set("a b br code del div em font h1 h2 h3 h4 h5 h6 hr i img ins kbd li mark ol p s small span strong sub sup table tbody td th"
-            " thead tr u ul".split())
+# 2*3*4 has nothing in italics
+_PRODUCT = re.compile(r"(?<![\w*])(?:\d[\d.]*|[A-Za-z])(?:\*(?:\d[\d.]*|[A-Za-z]))+(?![\w*])")
+_TAGS = set("a b br code del div em font h1 h2 h3 h4 h5 h6 hr i img ins kbd li mark ol p s small span strong sub sup table tbody"
+            " td th thead tr u ul".split())
 
 @dataclass
 class Plain:
@@ -77,6 +78,7 @@ def read_markdown(
             out.notes.append(f"A block of code with {n} {'line' if n == 1 else 'lines'} is left out.")
         elif t.type == "inline" and row is not None: row.append(_inline(t))
         elif t.type == "inline":
-            lines(number + _inline(t), depth > 0 and not fresh)
+            said = re.sub(r"^\[[ xX]\] ", "", _inline(t)) if depth else _inline(t)
+            lines(number + said, depth > 0 and not fresh)
             number, fresh = "", False
     return out

@@ -9,8 +9,8 @@ __all__ = ['digits', 'cardinal', 'ordinal', 'plural', 'year', 'fraction', 'roman
 import re, unicodedata
 
 # %% ../nbs/30_numbers.ipynb #5d126583
-_SMALL = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
-          " nineteen").split()
+_SMALL = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+          " eighteen nineteen").split()
 _TENS = " _ twenty thirty forty fifty sixty seventy eighty ninety".split(" ")
 _SCALES = ("", "thousand", "million", "billion", "trillion", "quadrillion")
 _ORDINAL = dict(one="first", two="second", three="third", five="fifth", eight="eighth", nine="ninth", twelve="twelfth")
@@ -47,7 +47,7 @@ _ROMAN = re.compile(r"(?=[IVX])X{0,3}(?:IX|IV|V?I{0,3})")
 def year(n: int) -> str:
     "Nineteen oh five, two thousand nine, twenty twenty-six."
     century, rest = divmod(n, 100)
-    if n < 1000 or century % 10 == 0 and rest < 10: return cardinal(n)
+    if n < 1000 or (century % 10 == 0 and rest < 10): return cardinal(n)
     if rest == 0: return f"{cardinal(century)} hundred"
     return f"{cardinal(century)} {'oh ' if rest < 10 else ''}{cardinal(rest)}"
 
@@ -69,6 +69,8 @@ def number(s: str) -> str:
         a, b = (int(o) for o in unicodedata.normalize("NFKC", m[2]).split("⁄")) if m[2] else (int(m[3]), int(m[4]))
         said = fraction(a, b)
         return said if not m[1] else f"{cardinal(int(m[1]))} and {'a' + said[3:] if a == 1 else said}"
+    if re.fullmatch(r"\d{1,3}(\.\d{3})*,\d+", s) and not re.fullmatch(r"\d{1,3}(,\d{3})+", s):
+        s = s.replace(".", "").replace(",", ".")  # as Europe writes it
     whole, point, after = re.sub(r"[,\s]", "", s).partition(".")
     said = "" if not whole else digits(whole) if len(whole) > 1 and whole[0] == "0" else cardinal(int(whole))
     return f"{said} point {digits(after)}".strip() if point else said

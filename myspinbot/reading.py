@@ -8,9 +8,10 @@ __all__ = ['MAX_PRONUNCIATIONS', 'plain_letters', 'Unit', 'read_aloud', 'spoken_
 
 # %% ../nbs/30_reading.ipynb #70ffd834
 import re, unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import myspinbot.names  # noqa: F401
 from .core import InputError
 from .rules import LETTER_A, Claim, find_claims
 
@@ -57,22 +58,26 @@ def read_aloud(
 ) -> list[Unit]:
     "The sentence in units; what is written in them, with spaces between, is the sentence again."
     written, spoken, at, last = [], [], 0, len(text.rstrip("\"'”’)]} "))
+    left = lambda s: "\0".join(_left(o, dropped) for o in re.split(r"\s+", s))  # between zeros stands what is written in one piece
     dropped = [] if dropped is None else dropped
     for a, b, said in [*find_claims(text, first), (len(text), len(text), "")]:
         written += [re.sub(r"\s+", "\0", text[at:a]), text[a:b]]
         stop = "." if b == last and b > a and text[b - 1] == "." else ""  # an abbreviation's dot ends the sentence, too
         if text[a:a + 1].isupper() and not any(c.isalnum() for c in text[:a]): said = said[:1].upper() + said[1:]
-        before, after = text[a - 1:a].isalnum(), text[b:b + 1].isalnum()
-        spoken += [re.sub(r"\s+", "\0", _left(text[at:a], dropped)), " " * before + said + stop + " " * after]
+        before, after = a == at or text[a - 1:a].isalnum(), text[b:b + 1].isalnum()
+        spoken += [left(text[at:a]), " " * before + said + stop + " " * after]
         at = b
     out: list[Unit] = []
     for as_written, said in zip("".join(written).split("\0"), "".join(spoken).split("\0"), strict=True):
         said = re.sub(r"\s+(?=[,.;:!?])", "", " ".join(said.split()))
+        said = re.sub(r"(?<=[^\W\d_])([,;:])(?=[^\W\d_])", r"\1 ", said)
         if not as_written: continue
-        if out and not any(c.isalnum() for c in said): out[-1] = Unit(f"{out[-1].written} {as_written}", f"{out[-1].spoken} {said}".strip())
-        else: out.append(Unit(as_written, said))
+        unit = Unit(as_written, said)
+        if out and not unit.words: out[-1] = Unit(f"{out[-1].written} {as_written}", f"{out[-1].spoken} {said}".strip())
+        else: out.append(unit)
     return out
 
+# %% ../nbs/30_reading.ipynb #e3ba71ab
 def spoken_text(units: Iterable[Unit]) -> str:
     "As people read it."
     return " ".join(u.spoken for u in units if u.spoken).replace(LETTER_A, "A")
@@ -85,7 +90,7 @@ def reading(text: str) -> str:
     "A sentence as it is spoken."
     return spoken_text(read_aloud(text))
 
-# %% ../nbs/30_reading.ipynb #844c6618
+# %% ../nbs/30_reading.ipynb #a96de95a
 MAX_PRONUNCIATIONS = 2000
 
 def read_pronunciations(

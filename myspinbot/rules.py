@@ -6,10 +6,10 @@
 __all__ = ['Claim', 'LETTER_A', 'rule', 'swap', 'spell', 'find_claims', 'address', 'joined']
 
 # %% ../nbs/30_rules.ipynb #2d989fd4
-import re, unicodedata
+import re
 from collections.abc import Callable, Iterable, Mapping
 
-from .numbers import cardinal, digits, number, ordinal, plural, roman, year
+from .numbers import digits, number
 
 # %% ../nbs/30_rules.ipynb #d8fa51c2
 Claim = tuple[int, int, str]  # start and end in a text, and the words for it
@@ -55,9 +55,9 @@ def find_claims(
     return sorted(out)
 
 # %% ../nbs/30_rules.ipynb #1bf8c811
-_WORDS_OF = {".": "dot", "/": "slash", "-": "dash", "_": "underscore", "@": "at", ":": "colon", "?": "question mark", "=": "equals",
-             "&": "and", "#": "hash", "%": "percent", "+": "plus", "~": "tilde"}
-_AS_WORDS = set("com co org net gov dev app me my go it is in be at by we html json docs mail example info".split())
+_WORDS_OF = {".": "dot", "/": "slash", "-": "dash", "_": "underscore", "@": "at", ":": "colon", "?": "question mark",
+             "=": "equals", "&": "and", "#": "hash", "%": "percent", "+": "plus", "~": "tilde", "\\": "backslash"}
+_AS_WORDS = set("com co org net gov dev app me my go it is in be at by we html json docs mail info".split())
 _SPELLED = set("edu io ai uk us eu tv www js py".split())
 
 def address(s: str) -> str:
@@ -65,7 +65,7 @@ def address(s: str) -> str:
     said = []
     for o in re.findall(r"[^\W\d_]+|\d+|[^\w\s]|_", re.sub(r"^\w+://", "", s).rstrip("/")):
         low = o.lower()
-        spelled = low in _SPELLED or low not in _AS_WORDS and (len(o) < 3 or not re.search("[aeiouy]", low))
+        spelled = low in _SPELLED or (low not in _AS_WORDS and (len(o) < 3 or not re.search("[aeiouy]", low)))
         if o.isdecimal(): said.append(number(o) if len(o) < 5 else digits(o))
         elif o in _WORDS_OF: said.append(_WORDS_OF[o])
         elif o.isalpha(): said.append(spell(o) if spelled and o.isascii() else o)
@@ -76,255 +76,23 @@ def joined(s: str) -> str:
     return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+|\d+|[^\W\d_]+", s)) or s
 
 _HOST = r"[^\W_][\w-]*(?:\.[\w-]+)+"
-rule(rf"(?i)\b[a-z][a-z+]*://[^\s<>\"”]*[^\s<>\"”.,;:!?)\]']")(lambda m: address(m[0]))
+_PATH = r"[^\s<>\"”]*[^\s<>\"”.,;:!?)\]']"
+
+rule(rf"(?i)\b[a-z][a-z+]*://{_PATH}")(lambda m: address(m[0]))
 rule(rf"(?<![\w.+-])[\w.+-]+@{_HOST}")(lambda m: address(m[0]))
-rule(rf"(?<![\w@#])(?:www\.)?[^\W_][\w-]*(?:\.[a-z][\w-]*)+(?:[/?#][^\s<>\"”]*[^\s<>\"”.,;:!?)\]'])?/?")(
-    lambda m: None if re.fullmatch(r"(?:[a-zA-Z]\.)+[a-z]", m[0]) or re.match(r"v?[\d.]+\b", m[0]) else address(m[0]))
+rule(rf"(?<![\w@#])(?:www\.)?[^\W_][\w-]*(?:\.[a-z][\w-]*)+(?:[/?#]{_PATH})?/?")(
+    lambda m: None if re.match(r"(?:[a-zA-Z]\.)+[a-z]$|v?[\d.]+\b", m[0]) else address(m[0]))
+rule(rf"(?<!\S)(?:[A-Z]:\\|~?/(?=\w+/)){_PATH}")(lambda m: address(m[0]))
 rule(r"(?<!\w)@(\w+)")(lambda m: f"at {joined(m[1])}")
 rule(r"(?<!\w)#([^\W\d]\w+)")(lambda m: f"hashtag {joined(m[1])}")
 
-# %% ../nbs/30_rules.ipynb #367c8c30
+# %% ../nbs/30_rules.ipynb #98e3c789
 rule(r"(?<![\w.])(\+?1[ .-]?)?(?:\((\d{3})\) ?|(\d{3})[ .-])(\d{3})[ .-](\d{4})(?!\w|[.-]\d)")(lambda m: ", ".join(
     [*(["plus one" if m[1][0] == "+" else "one"] if m[1] else []), digits(m[2] or m[3]), digits(m[4]), digits(m[5])]))
-rule(r"(?<![\w.-])(\d{3})-(\d{4})(?!\w|[.-]\d)")(
-    lambda m: f"{digits(m[1])}, {digits(m[2])}")
+rule(r"(?<![\w.-])(\d{3})-(\d{4})(?!\w|[.-]\d)")(lambda m: f"{digits(m[1])}, {digits(m[2])}")
+rule(r"(?<![\w.-])\d+(?:-\d+){3,}(?!\w|[.-]\d)")(lambda m: ", ".join(map(digits, m[0].split("-"))))
 rule(r"(?<!\w)\+(\d[\d ()/-]{6,}\d)(?!\w)")(lambda m: "plus " + ", ".join(digits(o) for o in re.split(r"\D+", m[1]) if o))
 rule(r"(?<![\w.])[vV]\.? ?(\d+(?:\.\d+)+)(?![\w]|\.\d)")(lambda m: f"version {_pointed(m[1])}")
-rule(r"(?<![\w.])\d+(?:\.\d+){2,}(?![\w]|\.\d)")(lambda m: None if _day(m[0]) else _pointed(m[0]))
+rule(r"(?<![\w.])(?!\d\d?\.\d\d?\.[12]\d{3}\b)\d+(?:\.\d+){2,}(?![\w]|\.\d)")(lambda m: _pointed(m[0]))
 
 def _pointed(s: str) -> str: return " point ".join(number(o) for o in s.split("."))
-
-# %% ../nbs/30_rules.ipynb #39a67808
-_MONTHS = "January February March April May June July August September October November December".split()
-_MONTH = {**{m: m for m in _MONTHS}, **{m[:3]: m for m in _MONTHS}, "Sept": "September"}
-_DAYS = {d[:n]: d for d in "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split() for n in (3, 4, 5)}
-_M = rf"(?P<m>{'|'.join(sorted(_MONTH, key=len, reverse=True))})\b\.?"
-_D = r"(?P<d>[12]\d|3[01]|0?[1-9])(?:st|nd|rd|th)?(?![\w%]|[.,:/]\d)"
-
-def _date(d: int, m: int, y: int) -> str | None:
-    if m > 12: d, m = m, d
-    return f"{_MONTHS[m - 1]} {ordinal(d)}, {year(y)}" if 1 <= d <= 31 and 1 <= m <= 12 else None
-
-def _day(s: str) -> str | None:
-    "28.11.2026 as a date."
-    found = re.fullmatch(r"(\d\d?)\.(\d\d?)\.([12]\d{3})", s)
-    return _date(*map(int, found.groups())) if found else None
-
-rule(r"(?<![\w-])([12]\d{3})-(\d\d)-(\d\d)(?![\w-])")(lambda m: _date(int(m[3]), int(m[2]), int(m[1])))
-rule(r"(?<![\w.])\d\d?\.\d\d?\.[12]\d{3}(?![\w])")(lambda m: _day(m[0]))
-rule(r"(?<![\w/])(\d\d?)/(\d\d?)/([12]\d{3})(?![\w/])")(lambda m: _date(int(m[2]), int(m[1]), int(m[3])))
-rule(rf"\b{_M} {_D}(?:,? (?P<y>[12]\d{{3}})(?!\w))?")(
-    lambda m: f"{_MONTH[m['m']]} {ordinal(int(m['d']))}" + (f", {year(int(m['y']))}" if m["y"] else ""))
-rule(rf"(?<![\w.,])(?P<the>the )?(?P<d>[12]\d|3[01]|[1-9])(?P<th>st|nd|rd|th)?(?: of)? {_M}(?:,? (?P<y>[12]\d{{3}})(?!\w))?")(
-    lambda m: f"the {ordinal(int(m['d']))} of {_MONTH[m['m']]}" + (f", {year(int(m['y']))}" if m["y"] else ""))
-rule(rf"\b{_M} (?P<y>[12]\d{{3}})(?![\w,])")(lambda m: f"{_MONTH[m['m']]} {year(int(m['y']))}")
-rule(rf"\b({'|'.join(d for d in _DAYS if len(d) < 6)})\.(?=,| [A-Z\d])")(lambda m: _DAYS[m[1]])
-
-# %% ../nbs/30_rules.ipynb #7d8aa5a4
-def _time(h: str, minutes: str, half: str | None) -> str:
-    hour, low = int(h), int(minutes)
-    if half: said = cardinal(hour) if not low else f"{cardinal(hour)} {_minutes(low)}"
-    elif low: said = f"{cardinal(hour)} {_minutes(low)}"
-    else: said = f"{cardinal(hour)} o'clock" if 1 <= hour <= 12 else f"{cardinal(hour)} hundred"
-    return f"{said} {half.upper()}M" if half else said
-
-def _minutes(n: int) -> str: return f"oh {cardinal(n)}" if n < 10 else cardinal(n)
-
-rule(r"(?<![\w:.])(\d|[01]\d|2[0-4]):([0-5]\d):([0-5]\d)(?![\w:])")(
-    lambda m: f"{cardinal(int(m[1]))} {_minutes(int(m[2]))} {_minutes(int(m[3]))}")
-rule(r"(?i)(?<![\w:.])(\d|[01]\d|2[0-4]):([0-5]\d)(?: ?([ap])(?:\.m\.|m\b))?(?![\w:])")(lambda m: _time(m[1], m[2], m[3]))
-rule(r"(?i)(?<![\w:.])(\d|1[0-2])(?:( ?[–-] ?)(\d|1[0-2]))? ?([ap])(?:\.m\.|m\b)")(
-    lambda m: " to ".join(cardinal(int(o)) for o in (m[1], m[3]) if o) + f" {m[4].upper()}M")
-rule(r"(?<![\w:.])(\d+):(\d+)(?![\w:])")(lambda m: f"{cardinal(int(m[1]))} to {cardinal(int(m[2]))}")
-
-# %% ../nbs/30_rules.ipynb #d081619b
-def _decade(m: re.Match[str]) -> str:
-    head, _, last = year(int(m[1])).rpartition(" ") if len(m[1]) == 4 else ("", "", cardinal(int(m[1])))
-    return f"{head} {plural(last)}".strip()
-
-def _side(s: str) -> str: return year(int(s)) if len(s) == 4 and s[2:] != "00" else number(s)
-
-rule(r"(?<![\w.,])['’]?(1\d\d0|20\d0|[2-9]0)['’]?s\b")(_decade)
-rule(r"(?<!\w)(\d+) ?[x×] ?(\d+)(?!\w)")(lambda m: f"{_side(m[1])} by {_side(m[2])}")
-
-# %% ../nbs/30_rules.ipynb #4f473197
-_N = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?! ?\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+"
-_PART = r"(?:\d+[ -]?)?[¼-¾⅐-⅞]|\d+ \d{1,2}/\d{1,3}(?!\d)|(?:1/[2-9]|2/[35]|3/[458]|[45]/[689]|5/8|7/8)(?![\d/])"
-_AMOUNT = rf"(?P<sign>(?<![\w)\]])[-−+±] ?)?(?<![\w.])(?P<n>{_PART}|{_N})"
-_TO = rf"(?: ?[–—-] ?(?P<to>{_PART}|{_N}))?"
-_SIGN = {"-": "minus ", "−": "minus ", "+": "plus ", "±": "plus or minus ", "": ""}
-
-def _amount(m: re.Match[str]) -> str:
-    "The number, or the two ends of a range, of a match of `_AMOUNT` and `_TO`."
-    said = _SIGN[(m["sign"] or "").strip()] + number(m["n"])
-    return f"{said} to {number(to)}" if (to := m.groupdict().get("to")) else said
-
-def _one(m: re.Match[str]) -> bool:
-    "Is it one, or before a noun, as in `a $20 bill`?"
-    before, after = m.string[:m.start()], m.string[m.end():]
-    single = m["n"] in ("1", "½", "¼", "¾", "1/2", "1/4", "3/4") and not m.groupdict().get("to")
-    return single or bool(re.search(r"(?i)\ban? $", before) and re.match(r"[ -][a-z]", after)) or bool(re.match(r"-[a-z]", after))
-
-# %% ../nbs/30_rules.ipynb #9e9a6c34
-_CURRENCY = {"$": "dollar dollars cent cents", "€": "euro euros cent cents", "£": "pound pounds penny pence", "¥": "yen yen", "₹":
-             "rupee rupees paisa paise", "₽": "ruble rubles", "₩": "won won", "₺": "lira lira", "₪": "shekel shekels", "₫": "dong dong"}
-_CODES = dict(USD="U S $", EUR="€", GBP="£", JPY="¥", INR="₹", CHF="Swiss franc francs", CAD="Canadian $", AUD="Australian $",
-              NZD="New Zealand $", HKD="Hong Kong $", CNY="yuan yuan")
-_PREFIX = {"US$": "U S $", "C$": "Canadian $", "CA$": "Canadian $", "A$": "Australian $", "AU$": "Australian $", "NZ$": "New Zealand $",
-           "HK$": "Hong Kong $", **{k: k for k in _CURRENCY}}
-_SCALE = dict(k="thousand", m="million", mm="million", mn="million", b="billion", bn="billion", t="trillion", tn="trillion")
-_MANY = r"(?: (?P<scale>hundred|thousand|million|billion|trillion)\b|(?P<short>[kKMB]|mn?|bn|tn|MM)\b)?"
-_PER = r"(?:/(?P<per>[A-Za-z]+)\b)?"
-
-def _money(m: re.Match[str]) -> str:
-    "Whole and small units, or an amount of thousands and millions."
-    mark = m["mark"] if "mark" in m.groupdict() and m["mark"] else m["code"]
-    mark = _PREFIX.get(mark) or _CODES[mark]
-    head, _, unit = mark.rpartition(" ") if mark[-1] in _CURRENCY else ("", "", mark)
-    one, many, *small = (_CURRENCY.get(unit) or unit).split() if unit in _CURRENCY else _plain_unit(unit)
-    per = f" per {_unit_of(m['per'])}" if m["per"] else ""
-    name = lambda single: f"{head} {one if single else many}".strip()
-    scale = m["scale"] or _SCALE.get((m["short"] or "").lower(), "")
-    if scale: return f"{_amount(m)} {scale} {name(_one(m) and m['n'] != '1')}{per}"
-    cents = re.fullmatch(r"([\d, ]*)\.(\d\d)", m["n"])
-    if not cents or not small or m.groupdict().get("to"): return f"{_amount(m)} {name(_one(m))}{per}"
-    sign, whole, part = _SIGN[(m["sign"] or "").strip()], int(re.sub(r"\D", "", cents[1]) or 0), int(cents[2])
-    said = [f"{cardinal(whole)} {name(whole == 1)}"] if whole or not part else []
-    if part: said.append(f"{cardinal(part)} {small[part != 1]}")
-    return sign + " ".join(said) + per
-
-def _plain_unit(s: str) -> list[str]:
-    "`Swiss franc francs` is Swiss franc, Swiss francs."
-    *head, one, many = s.split()
-    return [" ".join([*head, one]), " ".join([*head, many])]
-
-_MARK = "|".join(re.escape(o) for o in sorted(_PREFIX, key=len, reverse=True))
-_MARKED = _AMOUNT.replace(r"(?<![\w.])(?P<n>", rf"(?<!\w)(?P<mark>{_MARK}) ?(?P<n>")
-rule(_MARKED + rf"(?: ?[–—-] ?(?:{_MARK})?(?P<to>{_N}))?" + _MANY + _PER)(_money)
-rule(rf"{_AMOUNT}{_TO}{_MANY} ?(?:(?P<mark>[{''.join(_CURRENCY)}])|(?P<code>{'|'.join(_CODES)})\b){_PER}")(_money)
-rule(rf"(?<!\w)(?P<code>{'|'.join(_CODES)}) (?P<sign>[-−])?(?P<n>{_N}){_MANY}{_PER}")(_money)
-rule(rf"{_AMOUNT}{_TO} ?¢")(lambda m: f"{_amount(m)} {'cent' if _one(m) else 'cents'}")
-
-# %% ../nbs/30_rules.ipynb #059e23d5
-_NAMES = """m meter|km kilometer|cm centimeter|mm millimeter|µm micrometer|nm nanometer|mi mile|yd yard|ft foot feet|ha hectare|acre acre
-kg kilogram|g gram|mg milligram|µg microgram|lb pound|lbs pound|oz ounce|fl_oz fluid_ounce|l liter|L liter|ml milliliter|mL milliliter
-cl centiliter|dl deciliter|dL deciliter|gal gallon|h hour|hr hour|hrs hour|min minute|mins minute|s second|sec second|secs second
-ms millisecond|µs microsecond|ns nanosecond|B byte|kB kilobyte|KB kilobyte|MB megabyte|GB gigabyte|TB terabyte|PB petabyte|GiB gibibyte
-MiB mebibyte|bps bit_per_second bits_per_second|kbps kilobit_per_second kilobits_per_second|Mbps megabit_per_second megabits_per_second
-Gbps gigabit_per_second gigabits_per_second|Hz hertz hertz|kHz kilohertz kilohertz|MHz megahertz megahertz|GHz gigahertz gigahertz
-THz terahertz terahertz|W watt|kW kilowatt|MW megawatt|GW gigawatt|Wh watt_hour|kWh kilowatt_hour|MWh megawatt_hour|V volt|mV millivolt
-kV kilovolt|mA milliamp|mAh milliamp_hour|kJ kilojoule|kcal kilocalorie|Pa pascal|hPa hectopascal|kPa kilopascal|bar bar|dB decibel
-px pixel|mph mile_per_hour miles_per_hour|kph kilometer_per_hour kilometers_per_hour|mpg mile_per_gallon miles_per_gallon|Ω ohm
-kmh kilometer_per_hour kilometers_per_hour|rpm R_P_M R_P_M|fps frame_per_second frames_per_second|psi P_S_I P_S_I|sq_ft square_foot
-square_feet|sq_mi square_mile|sq_m square_meter|°C degree_Celsius degrees_Celsius|°F degree_Fahrenheit degrees_Fahrenheit
-° degree|% percent percent|‰ per_mille per_mille""".replace("\nsquare_feet", " square_feet")
-_UNIT: dict[str, tuple[str, str]] = {}
-for _one_name, _two, *_more in (o.split() for o in re.split(r"[|\n]", _NAMES)):
-    _UNIT[_one_name.replace("_", " ")] = tuple(o.replace("_", " ") for o in (_two, (_more or [_two + "s"])[0]))
-_PERS = dict(mo="month", wk="week", d="day", yr="year", a="year", hour="hour", day="day", month="month", week="week", year="year")
-_U = "|".join(re.escape(o) for o in sorted(_UNIT, key=len, reverse=True))
-_POWER = {"²": "square", "2": "square", "^2": "square", "³": "cubic", "3": "cubic", "^3": "cubic"}
-
-def _unit_of(s: str) -> str: return _PERS.get(s) or _UNIT.get(s, (s,))[0]
-
-def _unit(m: re.Match[str]) -> str | None:
-    one, many = _UNIT[re.sub(r"\s+", " ", m["u"]).replace("μ", "µ")]
-    if m["power"]:
-        one, many = (f"{_POWER[m['power']]} {o}" for o in (one, many))
-    power = {"²": " squared", "³": " cubed"}.get(m["below"] or "", "")
-    per = f" per {_unit_of(m['per'])}{power}" if m["per"] else ""
-    scale = f" {m['scale']}" if m["scale"] else ""
-    return f"{_amount(m)}{scale} {one if _one(m) and not scale else many}{per}"
-
-rule(rf"{_AMOUNT}{_TO}(?: (?P<scale>thousand|million|billion|trillion))?(?: ?|-)(?P<u>{_U.replace('µ', '[µμ]')})"
-     rf"(?:(?<=[mtdi])(?P<power>[²³]|\^?[23](?![\d.])))?(?:/(?P<per>{_U}|{'|'.join(_PERS)})(?P<below>[²³])?)?(?![^\W_])")(_unit)
-rule(r"(?<!\w)(\d)['′](\d{1,2})[\"″](?!\w)")(lambda m: f"{cardinal(int(m[1]))} foot {cardinal(int(m[2]))}")
-rule(r"(?<!\w)(\d+)′(?!\w)")(lambda m: f"{cardinal(int(m[1]))} feet")
-
-# %% ../nbs/30_rules.ipynb #1d92c2c6
-_ORD = r"(\d{1,3}(?:,\d{3})+|\d+)(?:st|nd|rd|th)\b"
-_AT = r"(?i:\b(?:in|since|until|till|during|year|spring|summer|fall|autumn|winter|of|by|from|after|before))(?: the year)? $"
-_NO_NOUN = "was is has does saw as s this us its his".split()
-
-def _year(m: re.Match[str]) -> str | None:
-    n, before, after = int(m[1]), m.string[:m.start()], m.string[m.end():]
-    near = re.search(_AT, before)
-    if n < 1100 and not (near and n > 1009): return None
-    noun = re.match(r" (people|men|women|children|[a-z]+s)\b", after)
-    return None if noun and noun[1] not in _NO_NOUN and not re.search(r"(?i)\b(in|since|until) $", before) else year(n)
-
-_Y = r"(1[0-9]\d\d|20\d\d)"
-rule(rf"(?<![\w.,/-]){_Y} ?[–-] ?(1[0-9]\d\d|20\d\d|\d\d)(?![\w%/-]|[.,:]\d)")(lambda m: f"{year(int(m[1]))} to {year(int(m[2]))}")
-rule(rf"(?<![\w.,$€£#/+−-]){_Y}(?![\w%/]|[.,:]\d|-\d)")(_year)
-rule(rf"(?<![\w.,]){_ORD}")(lambda m: ordinal(int(m[1].replace(",", ""))))
-rule(rf"(?<![\w.]){_PART}(?!\w)")(lambda m: number(m[0]))
-rule(r"(?<![\w.,/])(\d+)/(\d+)(?![\w/]|[.,]\d)")(
-    lambda m: number(m[0]) if re.fullmatch(_PART, m[0]) else f"{number(m[1])} {number(m[2])}")
-rule(r"(?<!\w)(?:#|№ ?|[Nn]os?\. ?)(?=\d)")(lambda m: "numbers" if "s" in m[0] else "number")
-
-# %% ../nbs/30_rules.ipynb #07714c99
-swap({"e.g.": "for example", "i.e.": "that is", "approx.": "approximately", "vs.": "versus", "etc.": "et cetera", "cf.": "compare",
-      "et al.": "et al", "w/o": "without", "w/": "with", "and/or": "and or", "ca.": "circa", "incl.": "including", "est.": "established",
-      "dept.": "department", "govt.": "government", "avg.": "average", "min.": "minimum", "max.": "maximum"}, after="", flags=re.I)
-swap({"Mr.": "Mister", "Mrs.": "Missus", "Ms.": "Miz", "Prof.": "Professor", "Gen.": "General", "Col.": "Colonel", "Capt.": "Captain",
-      "Lt.": "Lieutenant", "Sgt.": "Sergeant", "Maj.": "Major", "Adm.": "Admiral", "Cmdr.": "Commander", "Rev.": "Reverend",
-      "Hon.": "Honorable", "Sen.": "Senator", "Rep.": "Representative", "Gov.": "Governor", "Pres.": "President", "Mt.": "Mount",
-      "Ft.": "Fort", "Jr.": "Junior", "Sr.": "Senior", "Inc.": "Incorporated", "Corp.": "Corporation", "Co.": "Company",
-      "Ltd.": "Limited", "Bros.": "Brothers", "Ave.": "Avenue", "Blvd.": "Boulevard", "Rd.": "Road", "Dept.": "Department",
-      "Ph.D.": "P H D", "Univ.": "University", "Assn.": "Association", "Mr": "Mister", "Mrs": "Missus"}, after=r"(?!\w)")
-swap({"fig.": "figure", "figs.": "figures", "vol.": "volume", "ch.": "chapter", "sec.": "section", "p.": "page", "pp.": "pages",
-      "c.": "circa", "ext.": "extension", "eq.": "equation", "art.": "article"}, after=r"(?= ?\d)", flags=re.I)
-swap({"Fig.": "Figure", "Vol.": "Volume", "Ch.": "Chapter", "Sec.": "Section"})
-rule(r"(?<=[a-z\d] )St\.(?! [A-Z])|(?<=[a-z]{3} )St\.(?= (?:and|is|was|at|in)\b)")(lambda m: "Street")
-rule(r"(?<=[A-Z][a-z]{2} )Dr\.(?! [A-Z])|(?<=[A-Z][a-z]{3} )Dr\.(?! [A-Z])")(lambda m: "Drive")
-rule(r"\b(St|Dr)\.")(lambda m: dict(St="Saint", Dr="Doctor")[m[1]])
-rule(r"(?<!\w)(?:[A-Za-z]\.){2,}(?!\w)")(lambda m: spell(m[0].replace(".", "")))
-rule(r"(?<![\w'’])([A-Z])\.(?= ?[A-Z])")(lambda m: spell(m[1]))
-
-# %% ../nbs/30_rules.ipynb #16c7f0ce
-_PLACES = "Chapter|Part|Volume|Vol|Book|Act|Scene|Section|Article|Phase|Type|Level|Title|Appendix|Figure|Table|Grade|Stage|Class|Mark|War"
-_RULERS = ("Henry|Louis|Elizabeth|Charles|George|Edward|William|James|Philip|Napoleon|John|Paul|Pius|Benedict|Leo|Francis|Gregory|"
-           "Clement|Innocent|Nicholas|Peter|Alexander|Catherine|Frederick|Wilhelm|Richard|Mary|Ivan|Otto|Karl|Carl|Christian|Gustav|"
-           "Ramses|Ptolemy|Darius|Xerxes|Urban|Sixtus|Julius|Ferdinand|Alfonso|Umberto|Franz|Rudolf|Joseph|Harald|Olaf|Cleopatra")
-
-rule(rf"(?i:\b({_PLACES})) ([IVX]+)\b")(lambda m: f"{m[1]} {cardinal(n)}" if (n := roman(m[2])) else None)
-rule(rf"\b({_RULERS}) ([IVX]+)\b(?!['’])(?= of\b| was\b| and\b| \w+ed\b| had\b| is\b|[^\w ]|$| \()")(
-    lambda m: f"{m[1]} the {ordinal(n)}" if (n := roman(m[2])) else None)
-rule(rf"\b({_RULERS}) ([IVX]{{2,}})\b")(lambda m: f"{m[1]} the {ordinal(n)}" if (n := roman(m[2])) else None)
-rule(r"(?<![\w.'’-])([IVX]{2,})(?![\w.'’-])")(lambda m: cardinal(n) if (n := roman(m[1])) else None)
-
-# %% ../nbs/30_rules.ipynb #380ec314
-swap({"C++": "C plus plus", "C#": "C sharp", "F#": "F sharp", ".NET": "dot net", "Q&A": "Q and " + LETTER_A, "COVID": "COVID",
-      "rock 'n' roll": "rock and roll"})
-rule(r"(?<!\w)([A-Z])&([A-Z])(?:&([A-Z]))?(?!\w)")(lambda m: " and ".join(spell(o) for o in m.groups() if o))
-rule(r"(?<!\w)([A-Z]{1,3})&([A-Z]{1,3})(?!\w)")(lambda m: f"{spell(m[1])} and {spell(m[2])}")
-rule(r"(?<!\w)([A-Z]{2,})s(?!\w)")(lambda m: f"{spell(m[1])}'s")
-rule(r"(?<!\w)([A-Za-z]+)-(\d+)(?![\w.]|-\d)")(
-    lambda m: f"{spell(m[1]) if len(m[1]) < 3 and m[1].isupper() else m[1]} {number(m[2])}")
-rule(r"(?<![\w.])(\d+)-(?=[A-Za-z])")(lambda m: number(m[1]))
-rule(r"(?<!\w)(?=\w*[A-Za-z])(?=\w*[\d₀-₉])[A-Za-z\d₀-₉]+(?!\w)")(lambda m: _mixed(m[0]))
-
-def _mixed(s: str) -> str:
-    "B2B, H₂O, mp3: letters and numbers in turn."
-    parts = re.findall(r"\d+|[A-Za-z]+", unicodedata.normalize("NFKC", s))
-    short = lambda o: len(o) == 1 or o.isupper() and len(o) < 4
-    return " ".join(_side(o) if o.isdecimal() else spell(o) if short(o) else o for o in parts)
-
-# %% ../nbs/30_rules.ipynb #ce1ecfb4
-rule(rf"{_AMOUNT}{_TO}(?! ?[–-] ?\d)(?![^\W_])")(_amount)
-rule(rf"(?P<sign>)(?P<n>{_N})")(_amount)
-rule(r"(?<=\w )\*(?= \w)|(?<=\w)\*(?=\w)")(lambda m: "times")
-rule(r"(?<=[^\W\d_])([²³])")(lambda m: {"²": "squared", "³": "cubed"}[m[1]])
-rule(r"(?<=[\dA-Za-z])([⁰¹²³⁴-⁹]+)")(lambda m: f"to the {ordinal(int(unicodedata.normalize('NFKC', m[1])))}")
-rule(r"[~≈](?= ?\d)")(lambda m: "about")
-rule(r"(?<=\s)[-–](?=\s)|--+")(lambda m: "—")
-rule(r"(?<=[\dM])[–—](?=\d)")(lambda m: "to")
-rule(r"…(?=\w)")(lambda m: "... ")
-rule(r"\w*_\w+")(lambda m: m[0].replace("_", " "))
-rule(r"(?<=\w)[()](?=\w)")(lambda m: " ")
-swap({"&": "and", "+": "plus", "=": "equals", "<": "less than", ">": "greater than", "×": "times", "÷": "divided by", "±": "plus or minus",
-      "≈": "about", "≠": "is not", "≤": "at most", "≥": "at least", "→": "to", "∞": "infinity", "√": "square root of", "§": "section",
-      "@": "at", "%": "percent", "°": "degrees", "^": "to the", "#": "number", "/": "slash", "\\": "backslash", "|": ",", "₂": "two",
-      "€": "euros", "$": "dollars", "£": "pounds", "¥": "yen", "−": "minus", "‰": "per mille", "©": "copyright",
-      "®": "registered", "™": "trademark"}, before="", after="")
-rule(r"[_*~`^{}\[\]•·]+")(lambda m: " ")

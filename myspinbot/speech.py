@@ -20,7 +20,7 @@ from .core import ConfigError, InputError, hash_file, new_id, settings
 from .reading import Unit, find_pronunciations, for_espeak, read_aloud, read_pronunciations, spoken_text
 from .sound import LoudnessMeter, limit_peaks, read_wav, write_wav
 from .text import Piece, demand_latin, name_signs, plain_text, split_sentences
-from .words import word_spans
+from .words import AFTER, BEFORE, GAPS, sound_groups, word_spans, written_words
 
 # %% ../nbs/31_speech.ipynb #720d36ab
 _NOISE = dict(noise_w=1 << 14, noise_z=1 << 20)  # lengths; read round and round by longer pieces
@@ -126,10 +126,6 @@ def synthesize(
     return sound, [(p, int(n)) for p, n in zip(known, lengths, strict=True)]
 
 # %% ../nbs/31_speech.ipynb #545995fe
-_BEFORE = set("ˈˌ'")                                 # marks that belong to the sound after them
-_AFTER = set("ːˑʲʰˤ˞̧̪̯̩̃↓0123456789#")              # and to the sound before them
-_GAPS = set(" ^$,.;:!?-()\"")                        # symbols that are no sound of the mouth
-
 def _quiet(x: np.ndarray, top: float) -> bool:
     return len(x) == 0 or float(np.sqrt(np.mean(np.square(x)))) < 0.012 * top
 
@@ -144,13 +140,13 @@ def tidy_phonemes(
     for p, n in spans:
         part = sound[pos:pos + n]
         pos += n
-        if p in _BEFORE: carry += n
-        elif p in _GAPS and (_quiet(part, top) or not out):
+        if p in BEFORE: carry += n
+        elif p in GAPS and (_quiet(part, top) or not out):
             if out and out[-1][0] == SILENCE: out[-1][1] += n + carry
             else: out.append([SILENCE, n + carry])
             carry = 0
-        elif p in _AFTER: out[-1][1] += n
-        elif p in _GAPS:
+        elif p in AFTER: out[-1][1] += n
+        elif p in GAPS:
             half = n // 2 if p != "$" else n
             out[-1][1] += half
             carry += n - half
@@ -163,46 +159,36 @@ def tidy_phonemes(
 # %% ../nbs/31_speech.ipynb #dc442e1a
 def _sounds(voice: Voice, symbols: list[str]) -> str:
     "Only what the mouth does."
-    return "".join(p for p in symbols if p in voice.ids and p not in _GAPS | _BEFORE | _AFTER | {SILENCE})
+    return "".join(p for p in symbols if p in voice.ids and p not in GAPS | BEFORE | AFTER | {SILENCE})
 
-@lru_cache(maxsize=20_000)
-def _alone(word: str) -> str:
-    "The sounds of a word by itself."
-    v = load_voice()
-    return "".join(_sounds(v, o) for o in v.piper.phonemize(for_espeak([Unit(word, word)])))
+_known: dict[str, str] = {}  # the sounds of words by themselves: asking eSpeak costs a millisecond each time
 
-def _groups(spans: list[tuple[str, int]], tidy: list[tuple[str, int]], at: int) -> list[tuple[str, int, int]]:
-    "The sounds between two gaps, with their samples, which are those of whole phonemes."
-    ends = np.cumsum([0, *(n for _, n in tidy)])
-    near = lambda n: at + int(ends[np.abs(ends - n).argmin()])
-    out, text, pos, begin = [], "", 0, 0
-    for p, n in [*spans, ("$", 0)]:
-        if p in _GAPS:
-            if text: out.append((text, near(begin), near(pos)))
-            text = ""
-        elif p not in _BEFORE | _AFTER:
-            begin = begin if text else pos
-            text += p
-        pos += n
+def _alone(voice: Voice, words: list[str]) -> list[str]:
+    "The sounds of each word by itself."
+    if len(_known) > 20_000: _known.clear()
+    ask = lambda new: [o for s in voice.piper.phonemize(", ".join(for_espeak([Unit(w, w)]) for w in new)) for o in _parts(s)]
+    if new := [w for w in dict.fromkeys(words) if w not in _known]:
+        if len(said := ask(new)) != len(new): said = ["".join(p for o in ask([w]) for p in o) for w in new]
+        _known.update((w, _sounds(voice, o)) for w, o in zip(new, said, strict=True))
+    return [_known[w] for w in words]
+
+def _parts(symbols: list[str]) -> list[list[str]]:
+    "What stands between commas."
+    out: list[list[str]] = [[]]
+    for p in symbols:
+        if p == ",": out.append([])
+        else: out[-1].append(p)
     return out
 
 # %% ../nbs/31_speech.ipynb #dc442e1b
-def _words(units: list[Unit], groups: list[tuple[str, int, int]], start: int, size: int) -> list[tuple[str, str, int, int]]:
-    "Each word as it is spoken, what is written for it (at the first of several words), and when it sounds."
-    said, lead = [], ""
-    for u in units:
-        words = u.words
-        if not words:
-            if said: said[-1] = (said[-1][0], f"{said[-1][1]} {u.written}".strip())
-            else: lead += f"{u.written} "
-            continue
-        said += [(w, "" if i else lead + u.written) for i, w in enumerate(words)]
-        lead = ""
-    spans = word_spans([_alone(w) for w, _ in said], groups)
-    spans = [(min(max(a - start, 0), size), min(max(b - start, 0), size)) for a, b in spans]
-    if spans: spans = [(0, spans[0][1]), *spans[1:]] if len(spans) > 1 else [(0, size)]
-    if len(spans) > 1: spans[-1] = (spans[-1][0], size)
-    return [(w, o, a, b) for (w, o), (a, b) in zip(said, spans)]
+def _words(voice: Voice, units: list[Unit], groups: list[tuple[str, int, int]], start: int,
+           size: int) -> list[tuple[str, str, int, int]]:
+    "Each word as it is spoken, what is written for it, and when it sounds in the trimmed piece."
+    said = written_words(units)
+    spans = word_spans(_alone(voice, [w for w, _ in said]), groups)
+    cut = lambda n: min(max(n - start, 0), size)
+    times = [(cut(a) if i else 0, cut(b) if i + 1 < len(spans) else size) for i, (a, b) in enumerate(spans)]
+    return [(w, o, a, b) for (w, o), (a, b) in zip(said, times, strict=True)]
 
 # %% ../nbs/31_speech.ipynb #dc442e0d
 @dataclass
@@ -238,7 +224,7 @@ def say(
         x, spans = synthesize(voice, symbols, speed, seed + i)
         sounds.append(x)
         phonemes += (tidy := tidy_phonemes(x, spans))
-        groups += _groups(spans, tidy, at)
+        groups += sound_groups(spans, tidy, at)
         at += len(x)
     if not sounds: return None
     x = np.concatenate(sounds)
@@ -250,7 +236,7 @@ def say(
     ramp = np.sin(np.linspace(0, np.pi / 2, min(fade, len(x) // 2), dtype=np.float32)) ** 2
     x[:len(ramp)] *= ramp
     if len(ramp): x[-len(ramp):] *= ramp[::-1]
-    return _Spoken(piece, x, phonemes, units, _words(units, groups, start, len(x)))
+    return _Spoken(piece, x, phonemes, units, _words(voice, units, groups, start, len(x)))
 
 # %% ../nbs/31_speech.ipynb #f21a1a13
 _EDGE_S = 0.15                                                    # silence at both ends
@@ -294,6 +280,9 @@ def _check(speed: float, pause_s: float) -> None:
 def _prepare(text: str, pronunciation: str) -> tuple[list[Piece], list[list[Unit]], list[str]]:
     "The pieces of a text, the words for each, and what a listener should know."
     say, plain, dropped = read_pronunciations(pronunciation), plain_text(text), []
+    for word, said in say.items():
+        try: demand_latin(said)
+        except InputError as e: raise InputError(f"The pronunciation of {word[:60]!r}: {e.message}", e.hint) from e
     hidden = list(plain.text)  # what the list says need not be in Latin letters
     for a, b, _ in find_pronunciations(plain.text, say): hidden[a:b] = "a" * (b - a)
     lone, pieces = demand_latin("".join(hidden)), split_sentences(plain.text)

@@ -103,17 +103,17 @@ class Piece:
     sentence: int                                            # counted from 0
     then: Literal["clause", "sentence", "paragraph", "end"]  # what follows it
 
-_UNENDED = re.compile(r"(?i:(?:^|[\s(])(?:approx|fig|figs|cf|vs|ca|ft|mt|e\.g|i\.e)\.$)|^\d{1,3}[.)]$")
-_COUNTED = re.compile(r"(?i)(?:^|[\s(])(?:vol|ch|sec|pp?|ed|est|ext|mon|tue|tues|wed|thu|thurs|fri|sat|sun)\.$")
+_UNENDED = re.compile(r"(?i:(?:^|[\s(])(?:approx|feat|cf|vs|ca|ft|mt|e\.g|i\.e)\.$)|^\d{1,3}[.)]$")
+_COUNTED = re.compile(r"(?i)(?:^|[\s(])(?:figs?|vol|ch|sec|pp?|ed|est|ext|rm|apt|ref|mon|tue|tues|wed|thu|thurs|fri|sat|sun)\.$")
 
 def _sentences(paragraph: str) -> Iterator[str]:
     from sentencex import segment
     found: list[str] = []
     for s in segment("en", paragraph):
-        for part in re.split(r"(?<=[.!?][)\]])\s+(?=[A-Z\"“(])", s.strip()):
+        for part in re.split(r"(?<=[.!?][)\]])\s+(?=[A-Z\"“(])|(?<=\bNo\.)\s+(?=[A-Z])", s.strip()):
             head = found[-1] if found else ""
             goes_on = head and (_UNENDED.search(head) or part[:1].islower() or not any(c.isalnum() for c in head)
-                                or (_COUNTED.search(head) and re.match(r"\d|[A-Z][a-z]{2}\b", part)))
+                                or (_COUNTED.search(head) and re.match(r"\d|[IVX]+\b|[A-Z][a-z]{2}\b", part)))
             if goes_on: found[-1] = f"{head} {part}"
             else: found.append(part)
     if len(found) > 1 and not any(c.isalnum() for c in found[-1]): found[-2:] = [f"{found[-2]} {found[-1]}"]

@@ -3,11 +3,14 @@ import csv
 import json
 import re
 import string
+import time
 import unicodedata
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as hs
 
 from myspinbot.catalogue import Catalogue
 from myspinbot.core import InputError, settings
@@ -194,3 +197,31 @@ def test_a_changed_list_is_not_answered_from_the_cache(tmp_path, monkeypatch):
         said.append((json.loads(runner.store.found(lj.job.outputs["phonemes"]).read_text())["text"], lj.rows["speech"].status))
     assert said == [("A GIF.", "succeeded"), ("A jif.", "succeeded"), ("A jif.", "cached"), ("A gift.", "succeeded"),
                     ("A jif.", "succeeded"), ("A GIF.", "cached")]
+
+
+# --- texts of any sort
+
+SIGNS = "abcAIXV019 .,;:!?-–—'\"()[]{}*_#`~<>|\\/@&$€£%°²½+=^…ẽ№αß¢ "
+
+
+@given(hs.text(SIGNS, min_size=1, max_size=60))
+def test_units_give_the_sentence_again(text):
+    units = read_aloud(text)
+    assert " ".join(" ".join(u.written for u in units).split()) == " ".join(text.split())
+    assert all(w.strip() for u in units for w in u.words)
+
+
+@given(hs.text(SIGNS + "\n\t😀", min_size=1, max_size=80))
+def test_any_mixture_of_signs_is_prepared_or_refused(text):
+    try: pieces = split_sentences(clean_text(text))
+    except InputError as e: assert e.hint
+    else: assert pieces[-1].then == "end" and all(any(c.isalnum() for c in p.text) for p in pieces)
+
+
+def test_twenty_thousand_signs_take_no_long_time():
+    for part in ("1 ", "1-", "a.", "a-", "a@", "[", "![[", "*", "- a\n", "IX ", "5 kg/", "$1-", "U."):
+        began = time.process_time()
+        try:
+            for p in split_sentences(clean_text((part * 20_000)[:20_000])): read_aloud(p.text)
+        except InputError as e: assert "can be spoken" in e.message
+        assert time.process_time() - began < 10, part

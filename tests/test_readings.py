@@ -199,6 +199,19 @@ def test_a_changed_list_is_not_answered_from_the_cache(tmp_path, monkeypatch):
                     ("A jif.", "succeeded"), ("A GIF.", "cached")]
 
 
+def test_the_list_of_the_control_process_counts_and_not_the_worker_s(farm):
+    f = farm(ROOT / "pipelines")
+    said = []
+    for here in ("GIF=jif", "GIF=gift"):
+        f.start(f"control {here}", SPIN_PRONUNCIATION=here)
+        if "w1" not in f.procs: f.start("w1", SPIN_PRONUNCIATION="GIF=wrong")
+        job = f.done(f.client.submit(SAY, {}).id)
+        assert job.status == "succeeded", job.error
+        said.append(json.loads(f.client.file(job.outputs["phonemes"]).read_text())["text"])
+        f.kill(f"control {here}")
+    assert said == ["A jif.", "A gift."]
+
+
 # --- texts of any sort
 
 SIGNS = "abcAIXV019 .,;:!?-–—'\"()[]{}*_#`~<>|\\/@&$€£%°²½+=^…ẽ№αß¢ "

@@ -152,7 +152,8 @@ MWh megawatt_hour|V volt|mV millivolt|kV kilovolt|mA milliamp|mAh milliamp_hour|
 hPa hectopascal|kPa kilopascal|bar bar|dB decibel|px pixel|mph mile_per_hour miles_per_hour
 kph kilometer_per_hour kilometers_per_hour|kmh kilometer_per_hour kilometers_per_hour|mpg mile_per_gallon miles_per_gallon
 rpm R_P_M R_P_M|fps frame_per_second frames_per_second|psi P_S_I P_S_I
-sq_ft square_foot square_feet|sq_mi square_mile|sq_m square_meter|°C degree_Celsius degrees_Celsius|°F degree_Fahrenheit degrees_Fahrenheit|° degree|% percent percent|‰ per_mille per_mille"""
+sq_ft square_foot square_feet|sq_mi square_mile|sq_m square_meter|°C degree_Celsius degrees_Celsius
+°F degree_Fahrenheit degrees_Fahrenheit|° degree|% percent percent|‰ per_mille per_mille"""
 _UNIT: dict[str, tuple[str, str]] = {}
 for _one_name, _two, *_more in (o.split() for o in re.split(r"[|\n]", _NAMES)):
     _UNIT[_one_name.replace("_", " ")] = tuple(o.replace("_", " ") for o in (_two, (_more or [_two + "s"])[0]))

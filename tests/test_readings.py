@@ -85,7 +85,8 @@ def test_a_word_sounds_when_its_sounds_do(tmp_path):
 def test_what_is_written_stands_at_the_first_of_its_words(tmp_path):
     words = speak("He paid $5.99 — twice.", tmp_path / "a.wav")["words"]
     assert [(w["text"], w["written"]) for w in words] == [
-        ("He", "He"), ("paid", "paid"), ("five", "$5.99 —"), ("dollars", ""), ("ninety-nine", ""), ("cents", ""), ("twice", "twice.")]
+        ("He", "He"), ("paid", "paid"), ("five", "$5.99 —"), ("dollars", ""), ("ninety-nine", ""), ("cents", ""),
+        ("twice", "twice.")]
 
 
 # --- letters
@@ -135,9 +136,10 @@ def test_a_pause_follows_each_item_and_each_heading(tmp_path):
 
 
 @pytest.mark.parametrize("text", [
-    "snake_case_name", "5 * 3 * 2", "2*3*4", "C#", "#1", "#hashtag", "a < b > c", "x_1 and _y", "-5 degrees", "1986. A great year.",
-    "1) one", "AT&T", "f(x) = y", "a | b", "[Narrator]: Welcome", "~5", "C:\\Users\\bob", "* one star", "<nobody> said", "100%", "E = mc²",
-    "2026. That was it.", "__init__.py", "a*b", "5*x", "(a) [b] {c}", "a~b~c", "1. one\n3. three", "\tindented", "    four spaces"])
+    "snake_case_name", "5 * 3 * 2", "2*3*4", "C#", "#1", "#hashtag", "a < b > c", "x_1 and _y", "-5 degrees", "1986. Great.",
+    "1) one", "AT&T", "f(x) = y", "a | b", "[Narrator]: Welcome", "~5", "C:\\Users\\bob", "* one star", "<nobody> said", "100%",
+    "2026. That was it.", "a*b", "5*x", "(a) [b] {c}", "a~b~c", "1. one\n3. three", "\tindented", "    four spaces",
+    "__init__.py", "E = mc²"])
 def test_what_only_looks_like_markdown_loses_no_word(text):
     kept = re.findall(r"[^\W_]+", clean_text(text))
     assert kept == re.findall(r"[^\W_]+", text)

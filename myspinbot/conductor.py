@@ -8,6 +8,7 @@ __all__ = ['log', 'Key', 'MAX_EPOCHS', 'PAGE', 'Waiter', 'Batch', 'ClockWatch', 
 # %% ../nbs/26_conductor.ipynb #ba1ef2ed
 import asyncio, contextlib, threading, time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from itertools import chain, repeat
 from typing import Any
@@ -28,6 +29,7 @@ from .plan import Result, Task, input_hash, job_error, outputs
 from .runner import Context, artifacts_in, control_notebook, run_control, run_graph
 from .retention import sweep_store
 from .schema import STEP_END, Artifact, Event, Job, StepMessage, StepRow, StepSpec
+from .spec import installed_inputs
 
 log = structlog.get_logger("myspinbot.conductor")
 
@@ -215,6 +217,7 @@ class Conductor:
             return Result(status="skipped")
         try: spec = await self.spec(t.step)
         except SpinError as e: return await self.failed(job, t, e)
+        t = replace(t, inputs=installed_inputs(spec, self.cfg) | t.inputs)
         if row is None or row.status == "pending" or spec.kind == "control":
             node = job.graph.node(t.node)
             try: code = await self.code(spec)

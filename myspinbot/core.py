@@ -278,6 +278,7 @@ class Settings(BaseSettings):
     llm_model: str = Field("mistral:7b-instruct", description="model name at that endpoint")
     llm_api_key: SecretStr = Field(SecretStr(""), description="bearer token for that endpoint, if it wants one")
     llm_timeout_s: float = Field(120.0, gt=0, le=3600, description="limit for one answer of the language model")
+    pronunciation: str = Field("", description="how words are spoken in every narration, such as GIF=jif; SQL=sequel")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error")
 
     @field_validator("allowed_hosts", mode="before")

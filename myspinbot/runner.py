@@ -9,7 +9,7 @@ __all__ = ['Execute', 'run_task', 'run_graph', 'Context', 'run_control', 'contro
 # %% ../nbs/25_runner.ipynb #8272d255
 import asyncio, json, os, threading
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .executor import Executor, RunContext, StepResult, completed
 from .check import by_content, resolve_params, store_files, validate_graph
 from .plan import Plan, Result, Task, input_hash, job_error, outputs
 from .schema import Artifact, Event, Graph, Job, StepRow, StepSpec, dump_value, revive
+from .spec import installed_inputs
 from .why import reasons
 
 # %% ../nbs/25_runner.ipynb #3416c811
@@ -207,6 +208,7 @@ class LocalJob:
             self.set(t.key, status="skipped", error=dict(message=t.reason))
             return Result(status="skipped")
         spec = self.runner.catalogue.step(t.step)
+        t = replace(t, inputs=installed_inputs(spec, settings()) | t.inputs)
         code, parts = self.runner.catalogue.code(t.step, self.runner.learned(spec.source_hash))
         h = input_hash(spec, t.inputs, code)
         row = self.rows[t.key] = StepRow(job=self.job.id, key=t.key, node=t.node, step=t.step, version=spec.version,

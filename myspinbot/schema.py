@@ -175,6 +175,7 @@ class StepSpec(Wire):
     outputs: dict[Name, str] = {}
     needs: Needs = Needs()
     files: tuple[str, ...] = Field((), strict=False)  # beside the notebook, such as "prompts/*.txt": they count as its source
+    settings: dict[Name, str] = {}  # inputs that the installation fills where a job does not, each with the name of the setting
     timeout_s: float = Field(600.0, gt=0, le=7 * 86400)
     kernel: Literal["pristine", "resident"] = "pristine"
     retries: int = Field(1, ge=0, le=20)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_FILES', 'MAX_FILES_MB', 'SOURCE_PARTS', 'CHOOSE_KERNEL', 'did_you_mean', 'comments_in', 'type_of', 'fits',
            'parse_parameters', 'files_of', 'digests', 'folders_of', 'code_of', 'source_hash', 'NoKernel',
-           'kernel_known', 'load_step', 'make_spec', 'NotebookError', 'cells_of', 'read_notebook']
+           'kernel_known', 'load_step', 'make_spec', 'installed_inputs', 'NotebookError', 'cells_of', 'read_notebook']
 
 # %% ../nbs/02_spec.ipynb #86e5dbf8
 import ast, difflib, io, json, os, re, tokenize
@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from .content import kinds_of
-from .core import GraphError, InputError, hash_file, hash_json, whole_text
+from .core import GraphError, InputError, Settings, hash_file, hash_json, whole_text
 from .schema import MEDIA, Artifact, Port, StepSpec, check_json, port_type, show_value
 from .source import NotebookError, Sources, cells_of, read_notebook, sources_of, stamp_of
 
@@ -268,4 +268,19 @@ def make_spec(
     for name, kind in spec.outputs.items():
         try: port_type(kind)
         except GraphError as e: raise NotebookError(f"{where}: output {name!r}: {e.message}", e.hint) from e
+    texts = {n for n, f in Settings.model_fields.items() if f.annotation is str}
+    for name, setting in spec.settings.items():
+        if (port := spec.input(name)) is None or port.type != "str":
+            raise NotebookError(f"{where}: settings: {name!r} is not an input that takes a text.", "Name a parameter of type str.")
+        if setting not in texts:
+            raise NotebookError(f"{where}: settings: {name}={show_value(setting)} is not a setting that a step may have.",
+                                did_you_mean(setting, texts, "settings"))
     return spec
+
+# %% ../nbs/02_spec.ipynb #5e771a02
+def installed_inputs(
+    spec: StepSpec,
+    cfg: Settings,  # of the process that plans the job
+) -> dict[str, str]:
+    "What the installation gives a step where a job says nothing."
+    return {name: value for name, setting in spec.settings.items() if (value := getattr(cfg, setting))}

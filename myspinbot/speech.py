@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SILENCE', 'patched_voice', 'Voice', 'load_voice', 'synthesize', 'tidy_phonemes', 'say', 'speak', 'openness',
-           'opening_curve', 'plot_speech', 'phoneme_table']
+           'opening_curve', 'plot_speech', 'word_table', 'phoneme_table']
 
 # %% ../nbs/31_speech.ipynb #79b51c36
 import html, io, json, os, tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from .core import ConfigError, InputError, hash_file, new_id, settings
+from .reading import Unit, find_pronunciations, for_espeak, read_aloud, read_pronunciations, spoken_text
 from .sound import LoudnessMeter, limit_peaks, read_wav, write_wav
-from .text import Piece, clean_text, demand_latin, split_sentences
+from .text import Piece, demand_latin, name_signs, plain_text, split_sentences
+from .words import AFTER, BEFORE, GAPS, sound_groups, word_spans, written_words
 
 # %% ../nbs/31_speech.ipynb #720d36ab
 _NOISE = dict(noise_w=1 << 14, noise_z=1 << 20)  # lengths; read round and round by longer pieces
@@ -124,10 +126,6 @@ def synthesize(
     return sound, [(p, int(n)) for p, n in zip(known, lengths, strict=True)]
 
 # %% ../nbs/31_speech.ipynb #545995fe
-_BEFORE = set("ˈˌ'")                                 # marks that belong to the sound after them
-_AFTER = set("ːˑʲʰˤ˞̧̪̯̩̃↓0123456789#")              # and to the sound before them
-_GAPS = set(" ^$,.;:!?-()\"")                        # symbols that are no sound of the mouth
-
 def _quiet(x: np.ndarray, top: float) -> bool:
     return len(x) == 0 or float(np.sqrt(np.mean(np.square(x)))) < 0.012 * top
 
@@ -142,13 +140,13 @@ def tidy_phonemes(
     for p, n in spans:
         part = sound[pos:pos + n]
         pos += n
-        if p in _BEFORE: carry += n
-        elif p in _GAPS and (_quiet(part, top) or not out):
+        if p in BEFORE: carry += n
+        elif p in GAPS and (_quiet(part, top) or not out):
             if out and out[-1][0] == SILENCE: out[-1][1] += n + carry
             else: out.append([SILENCE, n + carry])
             carry = 0
-        elif p in _AFTER: out[-1][1] += n
-        elif p in _GAPS:
+        elif p in AFTER: out[-1][1] += n
+        elif p in GAPS:
             half = n // 2 if p != "$" else n
             out[-1][1] += half
             carry += n - half
@@ -158,6 +156,40 @@ def tidy_phonemes(
     if carry: out[-1][1] += carry
     return [(p, n) for p, n in out if n]
 
+# %% ../nbs/31_speech.ipynb #dc442e1a
+def _sounds(voice: Voice, symbols: list[str]) -> str:
+    "Only what the mouth does."
+    return "".join(p for p in symbols if p in voice.ids and p not in GAPS | BEFORE | AFTER | {SILENCE})
+
+_known: dict[str, str] = {}  # the sounds of words by themselves: asking eSpeak costs a millisecond each time
+
+def _alone(voice: Voice, words: list[str]) -> list[str]:
+    "The sounds of each word by itself."
+    if len(_known) > 20_000: _known.clear()
+    ask = lambda new: [o for s in voice.piper.phonemize(", ".join(for_espeak([Unit(w, w)]) for w in new)) for o in _parts(s)]
+    if new := [w for w in dict.fromkeys(words) if w not in _known]:
+        if len(said := ask(new)) != len(new): said = ["".join(p for o in ask([w]) for p in o) for w in new]
+        _known.update((w, _sounds(voice, o)) for w, o in zip(new, said, strict=True))
+    return [_known[w] for w in words]
+
+def _parts(symbols: list[str]) -> list[list[str]]:
+    "What stands between commas."
+    out: list[list[str]] = [[]]
+    for p in symbols:
+        if p == ",": out.append([])
+        else: out[-1].append(p)
+    return out
+
+# %% ../nbs/31_speech.ipynb #dc442e1b
+def _words(voice: Voice, units: list[Unit], groups: list[tuple[str, int, int]], start: int,
+           size: int) -> list[tuple[str, str, int, int]]:
+    "Each word as it is spoken, what is written for it, and when it sounds in the trimmed piece."
+    said = written_words(units)
+    spans = word_spans(_alone(voice, [w for w, _ in said]), groups)
+    cut = lambda n: min(max(n - start, 0), size)
+    times = [(cut(a) if i else 0, cut(b) if i + 1 < len(spans) else size) for i, (a, b) in enumerate(spans)]
+    return [(w, o, a, b) for (w, o), (a, b) in zip(said, times, strict=True)]
+
 # %% ../nbs/31_speech.ipynb #dc442e0d
 @dataclass
 class _Spoken:
@@ -165,6 +197,8 @@ class _Spoken:
     piece: Piece
     sound: np.ndarray                # float32, as loud as the model made it
     phonemes: list[tuple[str, int]]  # symbol, samples
+    units: list[Unit]
+    words: list[tuple[str, str, int, int]] = field(default_factory=list)  # as spoken, as written, first and last sample
 
 def _trim(phonemes: list[tuple[str, int]], head: int, tail: int) -> list[tuple[str, int]]:
     "Take samples off both ends."
@@ -180,14 +214,18 @@ def say(
     piece: Piece,
     speed: float = 1.0,
     seed: int = 0,
+    units: list[Unit] | None = None,  # the words for the piece; default: what the rules say
 ) -> _Spoken | None:  # None where the voice finds nothing to say
     "Speak one piece, cut to its sound, with 8 ms fades."
-    sounds, phonemes = [], []
-    for i, symbols in enumerate(voice.piper.phonemize(piece.text)):
-        if not any(p in voice.ids and p not in _GAPS | _BEFORE | _AFTER for p in symbols): continue
+    units = read_aloud(piece.text) if units is None else units
+    sounds, phonemes, groups, at = [], [], [], 0
+    for i, symbols in enumerate(voice.piper.phonemize(for_espeak(units))):
+        if not _sounds(voice, symbols): continue
         x, spans = synthesize(voice, symbols, speed, seed + i)
         sounds.append(x)
-        phonemes += tidy_phonemes(x, spans)
+        phonemes += (tidy := tidy_phonemes(x, spans))
+        groups += sound_groups(spans, tidy, at)
+        at += len(x)
     if not sounds: return None
     x = np.concatenate(sounds)
     loud = np.flatnonzero(np.abs(x) > 0.012 * np.abs(x).max())
@@ -198,7 +236,7 @@ def say(
     ramp = np.sin(np.linspace(0, np.pi / 2, min(fade, len(x) // 2), dtype=np.float32)) ** 2
     x[:len(ramp)] *= ramp
     if len(ramp): x[-len(ramp):] *= ramp[::-1]
-    return _Spoken(piece, x, phonemes)
+    return _Spoken(piece, x, phonemes, units, _words(voice, units, groups, start, len(x)))
 
 # %% ../nbs/31_speech.ipynb #f21a1a13
 _EDGE_S = 0.15                                                    # silence at both ends
@@ -206,7 +244,7 @@ _PAUSE = dict(clause=0.4, sentence=1.0, paragraph=2.2, end=0.0)  # in units of `
 
 class _Timeline:
     "Collects phonemes by sample counts, so that times never drift from the sound."
-    def __init__(self, rate: int): self.rate, self.at, self.items, self.sentences = rate, 0, [], []
+    def __init__(self, rate: int): self.rate, self.at, self.items, self.sentences, self.words, self.text = rate, 0, [], [], [], ""
 
     def add(self, symbol: str, n: int, sentence: int) -> None:
         if n <= 0: return
@@ -216,16 +254,19 @@ class _Timeline:
         self.at = end
 
     def speak(self, s: _Spoken) -> None:
-        begin = self.at
+        begin = first = self.at
         for p, n in s.phonemes: self.add(p, n, s.piece.sentence)
         if self.sentences and self.sentences[-1][3] == s.piece.sentence:
             text, begin, *_ = self.sentences.pop()
             self.sentences.append((f"{text} {s.piece.text}", begin, self.at, s.piece.sentence))
         else: self.sentences.append((s.piece.text, begin, self.at, s.piece.sentence))
+        self.words += [(w, o, first + a, first + b, s.piece.sentence) for w, o, a, b in s.words]
+        self.text += spoken_text(s.units) + ("\n\n" if s.piece.then == "paragraph" else " ")
 
     def document(self) -> dict[str, Any]:
         t = lambda n: round(n / self.rate, 6)
-        return dict(sample_rate=self.rate, duration_s=t(self.at),
+        return dict(sample_rate=self.rate, duration_s=t(self.at), text=self.text.strip(),
+                    words=[dict(text=w, written=o, start_s=t(a), end_s=t(b), sentence=s) for w, o, a, b, s in self.words],
                     phonemes=[dict(phoneme=p, start_s=t(a), end_s=t(b), sentence=s) for p, a, b, s in self.items],
                     sentences=[dict(text=x, start_s=t(a), end_s=t(b)) for x, a, b, _ in self.sentences])
 
@@ -236,6 +277,20 @@ def _check(speed: float, pause_s: float) -> None:
             raise InputError(f"{name}={value!r} is out of range.", f"Choose {low} to {high}.", value=str(value))
 
 
+def _prepare(text: str, pronunciation: str) -> tuple[list[Piece], list[list[Unit]], list[str]]:
+    "The pieces of a text, the words for each, and what a listener should know."
+    say, plain, dropped = read_pronunciations(pronunciation), plain_text(text), []
+    for word, said in say.items():
+        try: demand_latin(said)
+        except InputError as e: raise InputError(f"The pronunciation of {word[:60]!r}: {e.message}", e.hint) from e
+    hidden = list(plain.text)  # what the list says need not be in Latin letters
+    for a, b, _ in find_pronunciations(plain.text, say): hidden[a:b] = "a" * (b - a)
+    lone, pieces = demand_latin("".join(hidden)), split_sentences(plain.text)
+    units = [read_aloud(p.text, find_pronunciations(p.text, say), dropped) for p in pieces]
+    lone = [c for c in dict.fromkeys(lone) if any(c in u.spoken for o in units for u in o)]
+    dropped = plain.dropped + dropped
+    notes = plain.notes + ([f"Not spoken: {name_signs(dropped)}."] if dropped else [])
+    return pieces, units, notes + ([f"{', '.join(lone)}: read by name."] if lone else [])
 
 def _level(parts: Callable[[], Iterator[np.ndarray]], rate: int, target: float) -> float:
     "The gain at which `parts`, once limited, reach `target` LUFS."
@@ -258,13 +313,13 @@ def speak(
     pause_s: float = 0.35,    # silence between sentences; paragraphs get 2.2 times as much
     seed: int = 0,            # another seed: another intonation
     lufs: float = -16.0,      # loudness; peaks stay below -1 dBFS
+    pronunciation: str = "",  # how words are spoken, such as "GIF=jif; SQL=sequel"
     on_progress: _LISTEN | None = None,  # called with 0..1 and a note
-) -> dict[str, Any]:          # sample_rate, duration_s, phonemes, sentences, notes
-    "Speak a text into a file and tell when each phoneme sounds; raises `InputError` for what cannot be spoken."
+) -> dict[str, Any]:          # sample_rate, duration_s, text, words, phonemes, sentences, notes
+    "Speak a text into a file and tell when each word and phoneme sounds; raises `InputError` for what cannot be spoken."
     _check(speed, pause_s)
-    text, path = clean_text(text), Path(path)
-    lone, pieces = demand_latin(text), split_sentences(text)
-    voice = load_voice()
+    pieces, units, notes = _prepare(text, pronunciation)
+    voice, path = load_voice(), Path(path)
     line, sizes = _Timeline(voice.rate), []
     with tempfile.TemporaryFile() as spool:
         def add(x: np.ndarray) -> None:
@@ -278,7 +333,7 @@ def speak(
             for n in sizes: yield np.frombuffer(spool.read(4 * n), np.float32)
         silence(_EDGE_S, 0)
         for i, piece in enumerate(pieces):
-            spoken = say(voice, piece, speed, 1000 * seed + i)
+            spoken = say(voice, piece, speed, 1000 * seed + i, units[i])
             if spoken:
                 line.speak(spoken)
                 add(spoken.sound)
@@ -289,7 +344,7 @@ def speak(
         gain = np.float32(_level(parts, voice.rate, lufs))
         write_wav(path, (limit_peaks(x * gain, rate=voice.rate) for x in parts()), voice.rate)
     if on_progress: on_progress(1.0, f"{line.at / voice.rate:.1f} s")
-    return line.document() | dict(notes=[f"{', '.join(dict.fromkeys(lone))}: read by name."] if lone else [])
+    return line.document() | dict(notes=notes)
 
 # %% ../nbs/31_speech.ipynb #f3093f0e
 _OPEN: dict[str, float] = {
@@ -352,14 +407,24 @@ def plot_speech(
     fig.savefig(png := io.BytesIO(), format="png", dpi=70)
     return Image(data=png.getvalue(), format="png")
 
+# %% ../nbs/31_speech.ipynb #5e771c01
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Any:
+    from IPython.display import HTML
+    row = lambda cells: "<tr>" + "".join(f"<td>{html.escape(str(o))}</td>" for o in cells) + "</tr>"
+    return HTML(f"<table>{row(head)}{''.join(map(row, rows))}</table>")
+
+def word_table(
+    phonemes: dict[str, Any],
+    rows: int = 40,           # at most so many
+) -> Any:                     # shows as a table in a notebook
+    "Each word as it is spoken, what is written for it, and its times."
+    return _table(("word", "written", "from s", "to s"), [(w["text"], w["written"], f"{w['start_s']:.2f}", f"{w['end_s']:.2f}")
+                                                          for w in phonemes["words"][:rows]])
+
 def phoneme_table(
     phonemes: dict[str, Any],
     rows: int = 40,           # at most so many
 ) -> Any:                     # shows as a table in a notebook
     "Each sound with its times and the opening it asks for."
-    from IPython.display import HTML
-    row = lambda *c: "<tr>" + "".join(f"<td>{html.escape(str(o))}</td>" for o in c) + "</tr>"
-    number = lambda *c: [f"{o:.2f}" for o in c]
-    cells = lambda p: (p["phoneme"], *number(p["start_s"], p["end_s"], openness(p["phoneme"])), p["sentence"])
-    body = "".join(row(*cells(p)) for p in phonemes["phonemes"][:rows])
-    return HTML(f"<table>{row('sound', 'from s', 'to s', 'opening', 'sentence')}{body}</table>")
+    cells = lambda p: (p["phoneme"], *(f"{o:.2f}" for o in (p["start_s"], p["end_s"], openness(p["phoneme"]))), p["sentence"])
+    return _table(("sound", "from s", "to s", "opening", "sentence"), [cells(p) for p in phonemes["phonemes"][:rows]])

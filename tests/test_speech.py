@@ -122,7 +122,7 @@ def test_options_out_of_range_are_refused_with_the_range(options, tmp_path):
     "👋 Hello 👋🏽 there", "line one\r\nline two", "\u202eabc\u202c", "x" * 90, "O'Brien's 3,000.50"])
 def test_text_of_any_sort_is_spoken_without_a_crash(text, tmp_path):
     doc = speak(text, tmp_path / "a.wav")
-    assert doc["duration_s"] > 0.5 and doc["notes"] == []
+    assert doc["duration_s"] > 0.5 and doc["notes"] == (["Not spoken: 👋 (2 times)."] if "👋" in text else [])
 
 
 @pytest.mark.parametrize("text, named", [

@@ -37,12 +37,12 @@ rule(r"(?<![\w/])(\d\d?)/(\d\d?)/([12]\d{3})(?![\w/])")(lambda m: _date(int(m[2]
 rule(r"(?<![\w-])([12]\d{3})-(0[1-9])(?![\w-])")(lambda m: f"{_MONTHS[int(m[2]) - 1]} {year(int(m[1]))}")
 rule(rf"\b{_M} {_D}(?: ?[–-] ?(?P<to>[12]\d|3[01]|[1-9])\b)?{_IN}")(
     lambda m: f"{_MONTH[m['m']]} {ordinal(int(m['d']))}" + (f" to {ordinal(int(m['to']))}" if m["to"] else "") + _in(m))
-rule(rf"(?<![\w.,])(?:the )?(?P<d>[12]\d|3[01]|[1-9])(?:st|nd|rd|th)?(?: of)? {_M}{_IN}")(
+rule(rf"(?<![\w.,])(?:[Tt]he )?(?P<d>[12]\d|3[01]|[1-9])(?:st|nd|rd|th)?(?: of)? {_M}{_IN}")(
     lambda m: f"the {ordinal(int(m['d']))} of {_MONTH[m['m']]}{_in(m)}")
 rule(rf"\b{_M} (?P<y>[12]\d{{3}})(?!\w)")(lambda m: f"{_MONTH[m['m']]} {year(int(m['y']))}")
 rule(rf"\b({_WEEK})\.? ?[–-] ?({_WEEK})\b\.?")(lambda m: f"{_DAYS[m[1]]} to {_DAYS[m[2]]}")
 rule(rf"\b{_M} ?[–-] ?{_M.replace('<m>', '<n>')}")(lambda m: f"{_MONTH[m['m']]} to {_MONTH[m['n']]}")
-rule(rf"\b({_WEEK})\.(?=,| [A-Z\d])")(lambda m: _DAYS[m[1]])
+rule(rf"\b({_WEEK})\.(?=,| [A-Z\d])|\b(Mon|Tues?|Thur?|Thurs|Fri)\.(?!\w)")(lambda m: _DAYS[m[1] or m[2]])
 
 # %% ../nbs/30_amounts.ipynb #ef9534a0
 def _time(h: str, minutes: str, half: str | None) -> str:

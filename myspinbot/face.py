@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from .core import InputError
-from .mesh import CHIN, LEFT_EYE, RIGHT_EYE, detect, ibug, place_mesh, turn
+from .mesh import CHIN, LEFT_EYE, RIGHT_EYE, Mesh, detect, ibug, place_mesh, square_around, straightened, turn
 from .picture import Upscaler, fit_size, load_picture, sample_portrait, show_picture
 from .schema import Wire
 
@@ -41,6 +41,9 @@ class Face(Wire):
         (x, y), half = centre, side / 2
         box = tuple(round(float(v)) for v in (x - half, y - half, x + half, y + half))
         return cls(box=box, score=score, angle_deg=angle_deg)
+    def scaled(self, k: float) -> "Face":
+        x, y = self.centre
+        return Face.around((x * k, y * k), self.side * k, self.score, self.angle_deg)
 
 def eye_line(
     points: np.ndarray,  # (478, 2)
@@ -111,6 +114,12 @@ def _parts(rgb: np.ndarray, side: int) -> Iterator[tuple[int, int, np.ndarray]]:
     for y in starts(h):
         for x in starts(w): yield x, y, rgb[y:y + side, x:x + side]
 
+def _lean(rgb: np.ndarray, mesh: Mesh) -> float:
+    "By how many degrees the detector sees a face lean where the mesh has straightened it; infinite if it sees none."
+    centre, side, angle = square_around(mesh.points)
+    seen = detect(straightened(rgb, centre, 1.3 * side, angle)[0])
+    return seen[0].angle_deg if seen else math.inf
+
 def _search(rgb: np.ndarray, side: int, angle: float, least: float) -> list[Face]:
     "Faces in the parts of a picture, looked at leaning by an angle."
     import cv2
@@ -125,8 +134,11 @@ def _search(rgb: np.ndarray, side: int, angle: float, least: float) -> list[Face
     found = []
     for f in _distinct(rough):
         mesh = place_mesh(rgb, f.centre, 1.5 * f.side, f.angle_deg)
+        if 15 < abs(lean := _lean(rgb, mesh)) < math.inf:  # a mesh upside down can score high
+            mesh = place_mesh(rgb, f.centre, 1.5 * f.side, f.angle_deg + lean)
+            lean = _lean(rgb, mesh)
         face = framed(mesh.points, mesh.score)
-        if mesh.score >= least and math.dist(face.centre, f.centre) < 0.3 * f.side: found.append(face)
+        if abs(lean) <= 15 and mesh.score >= least and math.dist(face.centre, f.centre) < 0.3 * f.side: found.append(face)
     return found
 
 
@@ -135,16 +147,24 @@ def find_faces(
     rgb: np.ndarray,  # (height, width, 3) uint8
     thorough: bool = True,  # where no face is found, look in smaller, turned and evened copies, too
 ) -> list[Face]:  # from left to right
-    "All faces of about 40 pixels and more, at any tilt, in dark pictures, too."
-    longest = max(rgb.shape[:2])
-    whole, half, *smaller = [math.ceil(longest / k) for k in (1, 2, 4, 8, 16) if k < 3 or longest / k > 180]
-    found = _search(rgb, whole, 0, 0.5) + _search(rgb, half, 0, 0.5)
+    "Faces of about 40 pixels and more, at any tilt, in dark pictures, too."
+    import cv2
+    longest, found = max(rgb.shape[:2]), []
+    if min(rgb.shape[:2]) < 16: return found
+    for n in (1, 2, 4, 8, 16):  # ever smaller parts, until they are so small that no larger face can be in them
+        side = math.ceil(longest / n)
+        if n > 2 and (side < 180 or not thorough): break
+        found += _search(rgb, side, 0, 0.5 if n < 4 else 0.75)  # where more is looked at, more must be sure
+        if found and max(f.side for f in found) > side / 3: break
     if not found and thorough:
-        even = np.repeat(grey(rgb, normalise=True, local=True)[..., None], 3, axis=2)
-        looks = [(even, whole, 0), (even, half, 0), *((rgb, side, 0) for side in smaller[:1])]
-        looks += [(p, side, a) for a in (45, -45, 90, -90, 180, 135, -135) for p in (rgb, even) for side in (whole, half)]
-        looks += [(rgb, side, 0) for side in smaller[1:]]
-        found = next((faces for o in looks if (faces := _search(*o, 0.75))), [])  # more looks, stricter
+        k = min(1.0, 1024 / longest)
+        near = cv2.resize(rgb, None, fx=k, fy=k, interpolation=cv2.INTER_AREA) if k < 1 else rgb
+        even = np.repeat(grey(near, normalise=True, local=True)[..., None], 3, axis=2)
+        sides = [math.ceil(longest * k / n) for n in (1, 2)]
+        looks = [(even, s, 0) for s in sides]
+        looks += [(p, s, a) for a in (45, -45, 90, -90, 180, 135, -135) for p in (near, even) for s in sides]
+        turned = next((faces for p, s, a in looks if (faces := _search(p, s, a, 0.75))), [])
+        found = [f.scaled(1 / k) for f in turned]
     return sorted(_distinct(found), key=lambda f: f.box[0])
 
 # %% ../nbs/32_face.ipynb #7b33532f

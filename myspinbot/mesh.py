@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RIGHT_EYE', 'LEFT_EYE', 'RIGHT_IRIS', 'LEFT_IRIS', 'LIP_GAPS', 'JAW', 'CHIN', 'NOSE', 'Network', 'network',
-           'Detection', 'detect', 'Mesh', 'turn', 'square_around', 'place_mesh', 'ibug']
+           'Detection', 'detect', 'Mesh', 'turn', 'square_around', 'straightened', 'place_mesh', 'ibug']
 
 # %% ../nbs/31_mesh.ipynb #a0020003
 import math, os, zipfile
@@ -131,29 +131,41 @@ def square_around(
     low, high = straight.min(0), straight.max(0)
     return (low + high) / 2 @ back, 1.5 * float((high - low).max()), angle
 
-def _look(rgb: np.ndarray, centre: np.ndarray, side: float, angle: float) -> tuple[np.ndarray, float]:
-    "The mesh in one square, and its score."
+def straightened(
+    rgb: np.ndarray,
+    centre: Any,    # x, y
+    side: float,    # of a square in the picture
+    angle: float,   # degrees that it leans
+) -> tuple[np.ndarray, np.ndarray]:  # (256, 256, 3), and the 2x3 matrix back to the picture
+    "A square of a picture, upright, at the size that the mesh network wants."
     import cv2
     k, x0, y0 = 256 / side, 0, 0
-    if k < 0.7:  # reduce first: sampling alone would skip pixels
+    shrink = k if k < 0.7 else 1.0
+    if shrink < 1:  # reduce first: sampling alone would skip pixels
         reach = 0.75 * side
         x0, y0 = (max(0, int(v - reach)) for v in centre)
-        rgb = rgb[y0:max(0, math.ceil(centre[1] + reach)), x0:max(0, math.ceil(centre[0] + reach))]
-        if not rgb.size: return np.zeros((478, 2), np.float32), 0.0
-        rgb = cv2.resize(rgb, None, fx=k, fy=k, interpolation=cv2.INTER_AREA)
-    shrink = k if k < 0.7 else 1.0
+        part = rgb[y0:max(0, math.ceil(centre[1] + reach)), x0:max(0, math.ceil(centre[0] + reach))]
+        if not part.size: return np.zeros((256, 256, 3), np.uint8), np.eye(2, 3)
+        rgb = cv2.resize(part, None, fx=k, fy=k, interpolation=cv2.INTER_AREA)
     middle = (np.asarray(centre) - (x0, y0) + 0.5) * shrink - 0.5
     m = np.c_[turn(angle) * (k / shrink), np.zeros(2)]
     m[:, 2] = 127.5 - m[:, :2] @ middle
     square = cv2.warpAffine(rgb, m, (256, 256), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    back = cv2.invertAffineTransform(m) / shrink
+    back[:, 2] += 0.5 / shrink - 0.5 + np.array((x0, y0))
+    return square, back
+
+def _look(rgb: np.ndarray, centre: np.ndarray, side: float, angle: float) -> tuple[np.ndarray, float]:
+    "The mesh in one square, and its score."
+    square, back = straightened(rgb, centre, side, angle)
     points, logit, _ = network("face_landmarks_detector")(square.astype(np.float32) / 255)
-    at = (points.reshape(478, 3)[:, :2] - m[:, 2]) @ np.linalg.inv(m[:, :2]).T
-    return ((at + 0.5) / shrink - 0.5 + (x0, y0)).astype(np.float32), float(np.clip(logit.ravel()[0] / 16, 0, 1))
+    at = points.reshape(478, 3)[:, :2] @ back[:, :2].T + back[:, 2]
+    return at.astype(np.float32), float(np.clip(logit.ravel()[0] / 16, 0, 1))
 
 def place_mesh(
     rgb: np.ndarray,  # (height, width, 3) uint8
     centre: Any,      # x, y
-    side: float,      # of a square around the face, half as large again as the face
+    side: float,      # of a square 1.5 times as wide as the face
     angle: float = 0.0,  # degrees that the face leans, clockwise positive
     looks: int = 3,
     steady: bool = False,  # average over five squares

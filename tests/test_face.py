@@ -62,6 +62,21 @@ def test_a_face_is_its_copys_equal_wherever_it_stands(left: int, right: int):
     with pytest.raises(InputError, match="2 equally good faces"): prepare_portrait(both, upscaler="none")
 
 
+def test_in_a_group_every_face_that_is_found_is_found_at_its_own_tilt():
+    head = portraits.astronaut()[:260, 90:350]
+    group = np.full((600, 2000, 3), (120, 130, 140), np.uint8)
+    for i, lean in enumerate((0, 30, 60, 90, 120, 150, 180)):
+        tile = cv2.resize(head, (230, 230), interpolation=cv2.INTER_AREA)
+        m = cv2.getRotationMatrix2D((115, 115), -lean, 1)
+        group[100:330, 20 + 240 * i:250 + 240 * i] = cv2.warpAffine(tile, m, (230, 230), borderMode=cv2.BORDER_REPLICATE)
+    found = find_faces(group)
+    assert len(found) >= 4
+    for f in found:
+        lean = 30 * round((f.centre[0] - 135) / 240)
+        assert abs((f.angle_deg - lean + 180) % 360 - 180) < 12, f
+    assert [find_faces(np.zeros(size, np.uint8)) for size in ((1, 5000, 3), (5000, 1, 3))] == [[], []]
+
+
 def test_two_equal_faces_are_a_question_for_the_user():
     both = np.hstack([portraits.astronaut()[:260]] * 2)
     with pytest.raises(InputError, match=r"2 equally good faces.*box \[.*face=0, 1"): prepare_portrait(both)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .core import ConfigError, InputError, hash_file, new_id, settings
-from .reading import Unit, find_pronunciations, for_espeak, read_aloud, read_pronunciations, spoken_text
+from .reading import Unit, cut_units, find_pronunciations, for_espeak, read_aloud, read_pronunciations, spoken_text
 from .sound import LoudnessMeter, limit_peaks, read_wav, write_wav
 from .text import Piece, demand_latin, name_signs, plain_text, split_sentences
 from .words import AFTER, BEFORE, GAPS, sound_groups, word_spans, written_words
@@ -277,6 +277,16 @@ def _check(speed: float, pause_s: float) -> None:
             raise InputError(f"{name}={value!r} is out of range.", f"Choose {low} to {high}.", value=str(value))
 
 
+def _in_breaths(pieces: list[Piece], units: list[list[Unit]]) -> tuple[list[Piece], list[list[Unit]]]:
+    "The same in pieces that are short when spoken, too: the voice's memory grows with their length."
+    out: list[tuple[Piece, list[Unit]]] = []
+    for p, all_ in zip(pieces, units, strict=True):
+        parts = cut_units(all_)
+        for o in parts:
+            text = p.text if len(parts) == 1 else " ".join(u.written for u in o if u.written)
+            out.append((Piece(text, p.sentence, p.then if o is parts[-1] else "clause"), o))
+    return [p for p, _ in out], [o for _, o in out]
+
 def _prepare(text: str, pronunciation: str) -> tuple[list[Piece], list[list[Unit]], list[str]]:
     "The pieces of a text, the words for each, and what a listener should know."
     say, plain, dropped = read_pronunciations(pronunciation), plain_text(text), []
@@ -286,7 +296,7 @@ def _prepare(text: str, pronunciation: str) -> tuple[list[Piece], list[list[Unit
     hidden = list(plain.text)  # what the list says need not be in Latin letters
     for a, b, _ in find_pronunciations(plain.text, say): hidden[a:b] = "a" * (b - a)
     lone, pieces = demand_latin("".join(hidden)), split_sentences(plain.text)
-    units = [read_aloud(p.text, find_pronunciations(p.text, say), dropped) for p in pieces]
+    pieces, units = _in_breaths(pieces, [read_aloud(p.text, find_pronunciations(p.text, say), dropped) for p in pieces])
     lone = [c for c in dict.fromkeys(lone) if any(c in u.spoken for o in units for u in o)]
     dropped = plain.dropped + dropped
     notes = plain.notes + ([f"Not spoken: {name_signs(dropped)}."] if dropped else [])

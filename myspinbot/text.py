@@ -106,18 +106,28 @@ class Piece:
 _UNENDED = re.compile(r"(?i:(?:^|[\s(])(?:approx|feat|cf|vs|ca|ft|mt|e\.g|i\.e)\.$)|^\d{1,3}[.)]$")
 _COUNTED = re.compile(r"(?i)(?:^|[\s(])(?:figs?|vol|ch|sec|pp?|ed|est|ext|rm|apt|ref|mon|tue|tues|wed|thu|thurs|fri|sat|sun)\.$")
 
-def _sentences(paragraph: str) -> Iterator[str]:
+def _segments(paragraph: str, window: int = 1000) -> Iterator[str]:
+    "What `sentencex` makes of it, a window at a time: on some texts its time grows with the square of their length."
     from sentencex import segment
-    found: list[str] = []
-    for s in segment("en", paragraph):
+    while len(paragraph) > window:
+        cut = paragraph.rfind(" ", 1, window) + 1 or window
+        *whole, last = segment("en", paragraph[:cut])
+        yield from whole or (last,)
+        paragraph = paragraph[cut - len(last) if whole else cut:]
+    if paragraph: yield from segment("en", paragraph)
+
+def _sentences(paragraph: str) -> Iterator[str]:
+    found: list[list[str]] = []
+    for s in _segments(paragraph):
         for part in re.split(r"(?<=[.!?][)\]])\s+(?=[A-Z\"“(])|(?<=\bNo\.)\s+(?=[A-Z])", s.strip()):
-            head = found[-1] if found else ""
+            head = found[-1][-1][-40:] if found else ""  # what lies further back decides nothing
             goes_on = head and (_UNENDED.search(head) or part[:1].islower() or not any(c.isalnum() for c in head)
                                 or (_COUNTED.search(head) and re.match(r"\d|[IVX]+\b|[A-Z][a-z]{2}\b", part)))
-            if goes_on: found[-1] = f"{head} {part}"
-            else: found.append(part)
-    if len(found) > 1 and not any(c.isalnum() for c in found[-1]): found[-2:] = [f"{found[-2]} {found[-1]}"]
-    yield from (s for s in found if any(c.isalnum() for c in s))
+            if goes_on: found[-1].append(part)
+            else: found.append([part])
+    said = [" ".join(o) for o in found]
+    if len(said) > 1 and not any(c.isalnum() for c in said[-1]): said[-2:] = [f"{said[-2]} {said[-1]}"]
+    yield from (s for s in said if any(c.isalnum() for c in s))
 
 def _breaths(sentence: str, limit: int) -> Iterator[str]:
     while len(sentence) > limit:

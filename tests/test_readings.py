@@ -14,7 +14,8 @@ from hypothesis import strategies as hs
 
 from myspinbot.catalogue import Catalogue
 from myspinbot.core import InputError, settings
-from myspinbot.reading import plain_letters, read_aloud, reading
+from myspinbot import speech
+from myspinbot.reading import plain_letters, read_aloud, read_pronunciations, reading
 from myspinbot.runner import LocalRunner
 from myspinbot.schema import Graph, Node, ParamRef, Port, PortRef
 from myspinbot.speech import load_voice, speak
@@ -240,3 +241,25 @@ def test_twenty_thousand_signs_take_no_long_time():
             for p in split_sentences(clean_text((part * 20_000)[:20_000])): read_aloud(p.text)
         except InputError as e: assert "can be spoken" in e.message
         assert time.process_time() - began < 10, part
+
+
+@pytest.mark.parametrize("text", ["√" * 399 + "2", "9" * 300, "Hi " + "=" * 3])
+def test_what_is_long_when_spoken_is_spoken_in_short_pieces(text: str):
+    _, units, _ = speech._prepare(text, "Hi=" + "word " * 39)
+    assert max(sum(len(u.spoken) + 1 for u in o) for o in units) <= 401
+    assert "".join(u.written for o in units for u in o).replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_long_pronunciation_is_refused():
+    with pytest.raises(InputError, match="'Hi' has 1,499 characters; 200 are the limit"):
+        read_pronunciations("Hi=" + "word " * 300)
+
+
+ODD = ["![" * 9990, "<?" * 9990, "<!--" * 4990, "word! " * 3300, "a. " * 6600, "“" * 19000]
+
+
+@pytest.mark.parametrize("text", ODD, ids=lambda t: t[:4])
+def test_any_text_is_split_in_little_time(text: str):
+    began = time.process_time()
+    pieces = split_sentences(clean_text(text + " word"))
+    assert pieces[-1].text.rstrip().endswith("word") and time.process_time() - began < 10

@@ -207,6 +207,7 @@ def _tiff(f: BinaryIO, notes: Notes) -> list[Part]:
     new = struct.pack(many, len(kept)) + b"".join(kept) + link
     return [(0, at), new, (at + len(new), max(end - at - len(new), 0))]
 
+# %% ../nbs/02_pixels.ipynb #a7e10023
 def _gif(f: BinaryIO, notes: Notes) -> list[Part]:
     head = f.read(13)
     at = f.seek(13 + (3 << (head[10] & 7) + 1 if head[10] & 0x80 else 0))

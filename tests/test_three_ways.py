@@ -39,9 +39,9 @@ def run_all(path: Path, cwd: Path) -> None:
 
 
 def papermill_command(path: Path, cwd: Path) -> None:
-    subprocess.run([sys.executable, "-m", "papermill", str(path), "out.ipynb", "-k", "python3", "--no-progress-bar"],
-        cwd=cwd, check=True,
-                   capture_output=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "papermill", str(path), "out.ipynb", "-k", "python3", "--no-progress-bar"],
+                          cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

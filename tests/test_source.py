@@ -128,8 +128,9 @@ def test_an_editable_install_is_local(tmp_path: Path) -> None:
 
 
 def test_ours_counts_but_for_the_contract(tmp_path: Path) -> None:
-    s = of(tmp_path, "from myspinbot.speech import speak\nfrom myspinbot.step import Step\nimport myspinbot.core")
-    assert {"myspinbot.speech", "myspinbot.sound"} < set(s.modules)
+    s = of(tmp_path, "from myspinbot.talk import render\nfrom myspinbot.speech import speak\nfrom myspinbot.step import Step\n"
+           "import myspinbot.core")
+    assert {"myspinbot.talk", "myspinbot.sound"} < set(s.modules)
     assert not {f"myspinbot.{o}" for o in ("core", "step", "schema", "source", "spec", "catalogue")} & set(s.modules)
     assert "wave" in s.leading and "numpy" in s.leading
     assert modules_hash(["speech"]) == modules_hash(["speech", "sound"]) != modules_hash(["sound"])

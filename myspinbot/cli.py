@@ -467,7 +467,7 @@ def table_text(path: Path) -> str:
     try: data = path.read_bytes()
     except OSError as e: raise InputError(f"{path} cannot be read: {e.strerror}.", "Change its rights.") from e
     if form := sniff(data[:HEAD]):
-        raise InputError(f"{path} is {form.name}, which is no table.", "Export it as CSV in UTF-8 (Excel: CSV UTF-8).")
+        raise InputError(f"{path} is {form.name}, not a table of text.", "Export it as CSV in UTF-8 (Excel: CSV UTF-8).")
     marked = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     try: text = data.decode("utf-16" if marked else "utf-8-sig")
     except UnicodeDecodeError as e:

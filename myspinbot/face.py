@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from .core import InputError
-from .mesh import CHIN, LEFT_EYE, RIGHT_EYE, Mesh, detect, ibug, place_mesh, square_around, straightened, turn
+from .mesh import CHIN, LEFT_EYE, RIGHT_EYE, Mesh, detect, distinct, ibug, place_mesh, square_around, straightened, turn
 from .picture import Upscaler, fit_size, load_picture, sample_portrait, show_picture
 from .schema import Wire
 
@@ -86,14 +86,7 @@ def is_dark(rgb: np.ndarray) -> bool:
     "Is even the bright part of this picture dark?"
     return float(np.percentile(grey(rgb[::4, ::4]), 90)) < 90
 
-def _distinct(faces: list[Face]) -> list[Face]:
-    "Of faces that overlap, the best one; best first."
-    kept: list[Face] = []
-    for f in sorted(faces, key=lambda f: -f.score):
-        near = (k for k in kept if math.dist(f.centre, k.centre) < 0.5 * max(f.side, k.side))
-        if not any(near): kept.append(f)
-    return kept
-
+# %% ../nbs/32_face.ipynb #0f07c502
 def _turned(rgb: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
     "The picture turned back by an angle, and the matrix from there to here."
     import cv2
@@ -114,6 +107,7 @@ def _parts(rgb: np.ndarray, side: int) -> Iterator[tuple[int, int, np.ndarray]]:
     for y in starts(h):
         for x in starts(w): yield x, y, rgb[y:y + side, x:x + side]
 
+# %% ../nbs/32_face.ipynb #0f07c504
 def _lean(rgb: np.ndarray, mesh: Mesh) -> float:
     "By how many degrees the detector sees a face lean where the mesh has straightened it; infinite if it sees none."
     centre, side, angle = square_around(mesh.points)
@@ -132,7 +126,7 @@ def _search(rgb: np.ndarray, side: int, angle: float, least: float) -> list[Face
             at = back @ (d.centre[0] + x, d.centre[1] + y, 1) / k
             rough.append(Face.around(tuple(at), d.side / k, d.score, d.angle_deg + angle))
     found = []
-    for f in _distinct(rough):
+    for f in distinct(rough):
         mesh = place_mesh(rgb, f.centre, 1.5 * f.side, f.angle_deg)
         if 15 < abs(lean := _lean(rgb, mesh)) < math.inf:  # a mesh upside down can score high
             mesh = place_mesh(rgb, f.centre, 1.5 * f.side, f.angle_deg + lean)
@@ -140,7 +134,6 @@ def _search(rgb: np.ndarray, side: int, angle: float, least: float) -> list[Face
         face = framed(mesh.points, mesh.score)
         if abs(lean) <= 15 and mesh.score >= least and math.dist(face.centre, f.centre) < 0.3 * f.side: found.append(face)
     return found
-
 
 # %% ../nbs/32_face.ipynb #fee3849e
 def find_faces(
@@ -165,7 +158,7 @@ def find_faces(
         looks += [(p, s, a) for a in (45, -45, 90, -90, 180, 135, -135) for p in (near, even) for s in sides]
         turned = next((faces for p, s, a in looks if (faces := _search(p, s, a, 0.75))), [])
         found = [f.scaled(1 / k) for f in turned]
-    return sorted(_distinct(found), key=lambda f: f.box[0])
+    return sorted(distinct(found), key=lambda f: f.box[0])
 
 # %% ../nbs/32_face.ipynb #7b33532f
 def face_rank(f: Face, largest: int) -> float:

@@ -24,7 +24,7 @@ class Plain:
     "A text without its marks."
     paragraphs: list[list[str]] = field(default_factory=list)  # each a list of lines: items of a list, rows of a table
     notes: list[str] = field(default_factory=list)             # what was left out
-    dropped: list[str] = field(default_factory=list)           # signs that nobody can speak
+    dropped: list[str] = field(default_factory=list)           # signs that cannot be spoken
 
     @property
     def text(self) -> str: return "\n\n".join("\n".join(p) for p in self.paragraphs)

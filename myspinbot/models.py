@@ -6,14 +6,14 @@
 __all__ = ['FACE', 'MODELS', 'Model', 'model_folders', 'find_model', 'install_model']
 
 # %% ../nbs/30_models.ipynb #a0010003
-import hashlib, os, shutil, subprocess, sys, tempfile
+import os, shutil, subprocess, sys, tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from .core import ConfigError, settings
+from .core import ConfigError, hash_file, settings
 
 # %% ../nbs/30_models.ipynb #a0010006
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def _is(
     path: Path, size: int, changed: int,  # a changed file is read again
     sha256: str,
 ) -> bool:
-    return hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+    return hash_file(path) == sha256
 
 def _right(path: Path, model: Model) -> bool:
     "Do these bytes make up the model?"

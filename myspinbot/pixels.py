@@ -146,7 +146,7 @@ def _profile(pieces: dict[int, tuple[int, bytes]]) -> bytes:
 
 def _jpeg_note(marker: int, body: bytes, notes: Notes, pieces: dict[int, tuple[int, bytes]]) -> None:
     "Take what counts from a segment."
-    if marker == 0xe1 and body.startswith(b"Exif\0\0"):  # goes on with the one before, or begins anew
+    if marker == 0xe1 and body.startswith(b"Exif\0\0"):  # continues the one before, or starts over
         before = notes.get("exif", b"")
         notes["exif"] = body[6:] if body[6:8] in (b"II", b"MM") and not exif_turn(before) else before + body[6:]
     if marker == 0xe1 and body.startswith(b"http://ns.adobe.com/xap/1.0/\0"): notes.setdefault("xmp", body)

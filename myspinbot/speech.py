@@ -302,6 +302,7 @@ def _prepare(text: str, pronunciation: str) -> tuple[list[Piece], list[list[Unit
     notes = plain.notes + ([f"Not spoken: {name_signs(dropped)}."] if dropped else [])
     return pieces, units, notes + ([f"{', '.join(lone)}: read by name."] if lone else [])
 
+# %% ../nbs/31_speech.ipynb #a10ec502
 def _level(parts: Callable[[], Iterator[np.ndarray]], rate: int, target: float) -> float:
     "The gain at which `parts`, once limited, reach `target` LUFS."
     gain = 1.0
@@ -313,6 +314,7 @@ def _level(parts: Callable[[], Iterator[np.ndarray]], rate: int, target: float) 
         gain *= 10 ** (np.clip(target - level, -40, 40) / 20)
     return gain
 
+# %% ../nbs/31_speech.ipynb #a10ec504
 _LISTEN = Callable[[float, str], None]
 
 def speak(

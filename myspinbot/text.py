@@ -129,6 +129,7 @@ def _sentences(paragraph: str) -> Iterator[str]:
     if len(said) > 1 and not any(c.isalnum() for c in said[-1]): said[-2:] = [f"{said[-2]} {said[-1]}"]
     yield from (s for s in said if any(c.isalnum() for c in s))
 
+# %% ../nbs/30_text.ipynb #751dc502
 def _breaths(sentence: str, limit: int) -> Iterator[str]:
     while len(sentence) > limit:
         cuts = [m.end() for m in re.finditer(r"[,;:]\s+|(?<!\d)[—–،、，]\s*", sentence[:limit]) if m.end() > limit // 4]

@@ -236,6 +236,11 @@ def _filled(opening: Iterable[float | None]) -> tuple[np.ndarray, float]:
     full = np.interp(np.arange(len(raw)), np.flatnonzero(seen), raw[seen])
     return np.convolve(np.pad(full, 1, mode="edge"), (0.25, 0.5, 0.25), mode="valid"), float(seen.mean())
 
+def _mouth(picture: Picture) -> tuple[np.ndarray, float]:
+    "How far the mouth is open, lips and chin together; and the share of frames with a face."
+    lips, seen = _filled(picture.opening)
+    return lips + _filled(picture.chin)[0], seen
+
 def _speaking(phonemes: Mapping[str, Any], level: np.ndarray, fps: float) -> np.ndarray:
     "Frames in which somebody speaks: by the sentences, else by the level of the sound."
     if not phonemes.get("sentences"): return level > -45
@@ -320,8 +325,7 @@ def _sync_gates(
     picture: Picture, phonemes: Mapping[str, Any], least: float, most: int, every: int,
 ) -> tuple[list[Gate], dict[str, Any]]:
     "Compare lips and chin with the opening that the phonemes ask for."
-    lips, seen = _filled(picture.opening)
-    lips = lips + _filled(picture.chin)[0]
+    lips, seen = _mouth(picture)
     expected = np.asarray(opening_curve(dict(phonemes), picture.fps, len(lips)), np.float64)
     now, lag, peak = correlate(lips, expected)
     seen = round(min(1.0, seen * every), 3)
@@ -349,7 +353,7 @@ def plot_check(
     t = np.arange(len(p.light)) / p.fps
     fig = Figure(figsize=(width, 6.2), layout="constrained")
     lips, sound, change = fig.subplots(3, 1, sharex=True, height_ratios=(2.2, 1, 1))
-    measured = _filled(p.opening)[0]
+    measured = _mouth(p)[0]
     lips.plot(t, measured / max(float(measured.max()), 1e-6), color="#d1495b", label="measured on the video")
     if report.expected:
         expected = np.array(report.expected)

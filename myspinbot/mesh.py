@@ -33,17 +33,23 @@ def _hushed() -> Iterator[None]:
 
 class Network:
     "One network of the face landmarker, on one core; calls from several threads take turns."
-    def __init__(self, name: str):
-        try: from ai_edge_litert.interpreter import Interpreter
+    def __init__(self,
+        name: str,
+        inner: str = "",  # an inner tensor to give instead of the outputs, by name
+    ):
+        try: from ai_edge_litert.interpreter import Interpreter, OpResolverType
         except ImportError as e:
             raise ConfigError("The package ai-edge-litert is not installed.", "pip install 'myspinbot[media]'") from e
         with zipfile.ZipFile(find_model(FACE)) as z: content = z.read(f"{name}.tflite")
         self.lock = Lock()
         with _hushed():
-            self.run = Interpreter(model_content=content, num_threads=1)
+            plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES if inner else OpResolverType.AUTO  # keeps inner tensors
+            self.run = Interpreter(model_content=content, num_threads=1, experimental_op_resolver_type=plain,
+                                   experimental_preserve_all_tensors=bool(inner))
             self.run.allocate_tensors()
         self.input = self.run.get_input_details()[0]["index"]
-        self.outputs = [o["index"] for o in self.run.get_output_details()]
+        given = [o for o in self.run.get_tensor_details() if o["name"] == inner] if inner else self.run.get_output_details()
+        self.outputs = [o["index"] for o in given]
 
     def __call__(self,
         x: np.ndarray,  # without the batch dimension, float32
@@ -56,9 +62,10 @@ class Network:
 @lru_cache(maxsize=4)
 def network(
     name: str,  # face_detector or face_landmarks_detector
+    inner: str = "",
 ) -> Network:
     "A network, loaded once."
-    return Network(name)
+    return Network(name, inner)
 
 # %% ../nbs/31_mesh.ipynb #a0020008
 @dataclass(frozen=True)

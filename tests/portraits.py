@@ -129,3 +129,49 @@ def write(name: str, folder: Path) -> Path:
     path = folder / f"{name}.png"
     if not path.exists(): cv2.imwrite(str(path), VARIANTS[name]()[..., ::-1])
     return path
+
+
+def drawn_face(seed: int, n: int = 400) -> np.ndarray:
+    "A simple drawn face: an outline, eyes, brows, a nose, a mouth, perhaps hair and ears, in flat colours; (n, n, 3)."
+    r, size = np.random.default_rng(seed), 4 * n
+    skin = [(255, 204, 153), (240, 190, 150), (224, 172, 105), (141, 85, 36), (255, 224, 189), (198, 134, 66), (255, 255, 255),
+            (250, 220, 120)][r.integers(8)]
+    def colour(low: int, high: int) -> tuple[int, ...]: return tuple(int(v) for v in r.integers(low, high, 3))
+    out, ink, w = np.full((size, size, 3), colour(150, 256), np.uint8), colour(0, 60), int(r.integers(6, 18))
+    cx, cy, a, b = size * (0.5 + r.uniform(-.04, .04)), size * 0.5, size * r.uniform(.2, .29), size * r.uniform(.29, .38)
+    hair, style, thin = colour(0, 200), r.integers(4), max(2, w // 2)
+
+    def oval(x: float, y: float, wide: float, high: float, ink: tuple[int, ...], line: int = -1, arc: tuple[int, int] = (0, 360)):
+        cv2.ellipse(out, (round(x), round(y)), (round(wide), round(high)), 0, *arc, ink, line, cv2.LINE_AA)
+    if style == 1: oval(cx, cy - .06 * size, 1.18 * a, 1.05 * b, hair)
+    if style == 2: oval(cx, cy + .02 * size, 1.3 * a, 1.25 * b, hair)
+    if r.random() < .5:
+        for s in (-1, 1):
+            oval(cx + s * a, cy, .12 * a, .16 * b, skin)
+            oval(cx + s * a, cy, .12 * a, .16 * b, ink, w)
+    cv2.rectangle(out, (round(cx - .3 * a), round(cy + .8 * b)), (round(cx + .3 * a), size), skin, -1)
+    oval(cx, cy, a, b, skin)
+    oval(cx, cy, a, b, ink, w)
+    if style: oval(cx, cy - .62 * b, .95 * a, .42 * b, hair, arc=(180, 360))
+    y, apart, wide = cy - b * r.uniform(.08, .2), a * r.uniform(.36, .44), a * r.uniform(.14, .22)
+    high = wide * r.uniform(.5, 1.0)
+    for x in (cx - apart, cx + apart):
+        oval(x, y, wide, high, (255, 255, 255))
+        oval(x, y, wide, high, ink, thin)
+        oval(x, y, .62 * high, .62 * high, colour(20, 150))
+        oval(x, y, .3 * high, .3 * high, (0, 0, 0))
+        oval(x, y - high - .08 * b, 1.2 * wide, .6 * high, hair if style else ink, w, (200, 340))
+    oval(cx, cy + b * r.uniform(.1, .22), .1 * a, .06 * b, ink, thin, (0, 180))
+    y, wide, red = cy + b * r.uniform(.42, .55), a * r.uniform(.26, .45), (int(r.integers(150, 255)), *colour(0, 90)[:2])
+    if r.random() < .5: oval(cx, y - .06 * b, wide, .12 * b, red, w, (15, 165))
+    else: oval(cx, y, wide, .07 * b, red)
+    return cv2.resize(out, (n, n), interpolation=cv2.INTER_AREA)
+
+
+def masked(rgb: np.ndarray, p: np.ndarray) -> np.ndarray:
+    "A face mask over mouth and nose; `p` are the 68 landmarks."
+    out = rgb.copy()
+    edge = np.vstack([p[3:14], p[[29]] * 0.5 + p[[14]] * 0.5, p[[28]], p[[29]] * 0.5 + p[[2]] * 0.5])
+    cv2.fillPoly(out, [edge.round().astype(np.int32)], (168, 200, 214), cv2.LINE_AA)
+    noise = np.random.default_rng(3).normal(0, 2, out.shape)
+    return (cv2.GaussianBlur(out, (0, 0), 0.6) + noise).clip(0, 255).astype(np.uint8)

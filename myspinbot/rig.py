@@ -222,9 +222,11 @@ class Rig:
     def __init__(self,
         image: np.ndarray,   # (n, n, 3) uint8 RGB
         points: np.ndarray,  # (478, 2): its landmarks
+        alpha: np.ndarray | None = None,  # (n, n) uint8: with it, `image` holds the person's own colours; see `cutout`
     ):
         import cv2
         self.image, self.points = check_portrait(image, points)
+        self.alpha = alpha
         self.size = n = self.image.shape[0]
         self.step = max(1, round(n / 256))
         self.lips = lips = Lips(self.image, self.points)
@@ -415,3 +417,13 @@ def _frame(self: Rig,
     return out
 
 Rig.frame = _frame
+
+# %% ../nbs/33_rig.ipynb #2944d89c
+def _cutout(self: Rig, controls: Mapping[str, float]) -> np.ndarray:  # (n, n, 4) uint8 RGBA
+    "A frame of a portrait that has an alpha."
+    import cv2
+    pose, (x0, y0, x1, y1), alpha = Pose(self, {k: float(controls.get(k, 0.0)) for k in CONTROLS}), self.box, self.alpha.copy()
+    alpha[y0:y1, x0:x1] = cv2.remap(self.alpha, pose.q, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return np.dstack([self.frame(controls), alpha])
+
+Rig.cutout = _cutout

@@ -169,7 +169,8 @@ def clear(tmp_path_factory) -> tuple[Path, Rig, Path]:
 def test_a_portrait_without_background_becomes_a_webm_whose_alpha_sways(clear):
     folder, rig, track = clear
     info = probe(folder / "talk.webm")
-    assert (info.codec, info.pix_fmt, info.audio_codec, info.frames, info.faststart) == ("vp9", "yuva420p", "opus", len(track), True)
+    assert (info.codec, info.pix_fmt, info.audio_codec) == ("vp9", "yuva420p", "opus")
+    assert info.frames == len(track) and info.faststart
     assert abs(info.audio_s - info.video_s) < 1 / 25
     frames = [f for _, f in read_frames(folder / "talk.webm", form="rgba")]
     drawn = [rig.cutout(track.controls(i)) for i in range(len(track))]
@@ -231,7 +232,8 @@ def test_the_background_beside_the_hair_does_not_sway(portrait, matte):
     head = matte.alpha[:200] == 1
     assert moved[:200][head].max() > 2.5, "the head does sway"
     assert (np.abs(still.astype(int) - swayed)[beside].max(-1) <= 1).mean() > 0.95, "what is behind does not change"
-    assert np.percentile(before[beside], 95) > 1 > 0.5 > np.percentile(moved[beside], 95)
+    assert np.percentile(before[beside], 95) > 1
+    assert np.percentile(moved[beside], 95) < 0.5
 
 
 def test_at_rest_the_picture_is_the_portrait(portrait):

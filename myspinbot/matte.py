@@ -214,8 +214,8 @@ def change_background(
     n, a, front = rgb.shape[0], alpha[..., None], foreground(rgb, alpha)
     if not isinstance(background, str): behind = _fitted(background, n) if background.ndim == 3 else background
     else: behind = spread(rgb, alpha < 0.02, n / 32) if background == "blur" else CLEAR
-    notes = (f"the outline of the person is uncertain: two looks differ by {100 * doubt:.1f} % "
-             f"(usual: below {100 * UNSURE:g} %). Look at the cut-out; a plainer background helps",) if doubt > UNSURE else ()
+    notes = (f"the outline of the person is uncertain: doubt {100 * doubt:.1f} %, usual is less than {100 * UNSURE:g} %. "
+             "Look at the cut-out; a plainer background helps",) if doubt > UNSURE else ()
     whole = lambda o: np.clip(o + 0.5, 0, 255).astype(np.uint8)
     return Cut(whole(front * a + np.float32(behind) * (1 - a)), whole(front), whole(255 * alpha), doubt, notes,
                isinstance(background, str) and background == "alpha")

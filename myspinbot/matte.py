@@ -96,10 +96,15 @@ def _colours(rgb: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def find_matte(
     rgb: np.ndarray,     # (n, n, 3) uint8: a prepared portrait
     points: np.ndarray,  # (478, 2): its landmarks
+    most: int = 0,       # look at no more than so many pixels a side: faster, and coarser; 0: at all
 ) -> Matte:
-    "The person in a portrait; 120 ms at 512 pixels on one core."
+    "The person in a portrait; 120 ms at 512 pixels on one core, 40 ms at 256."
     import cv2
-    n, picture = rgb.shape[0], rgb.astype(np.float32) / 255
+    n = rgb.shape[0]
+    if 0 < most < n:
+        small = find_matte(cv2.resize(rgb, (most, most), interpolation=cv2.INTER_AREA), points * (most / n))
+        return Matte(cv2.resize(small.alpha, (n, n), interpolation=cv2.INTER_LINEAR), small.doubt)
+    picture = rgb.astype(np.float32) / 255
     rough, doubt = person_mask(rgb)
     mask, missed = _of_face(rough, points)
     sure, away = (cv2.erode(o.astype(np.uint8), _disc(max(2, n // 80)), borderValue=1) for o in (mask > 0.9, mask < 0.1))
@@ -153,7 +158,7 @@ def lifted(
     "The background without the person, and the person with a margin."
     import cv2
     n, near = rgb.shape[0], (alpha > 0.02).astype(np.uint8)
-    moves = cv2.GaussianBlur(cv2.dilate(near, _disc(max(2, n // 128))).astype(np.float32), (0, 0), max(0.8, n / 427))
+    moves = cv2.GaussianBlur(cv2.dilate(near, _disc(max(2, n // 80))).astype(np.float32), (0, 0), max(0.8, n / 427))
     gone = cv2.GaussianBlur(cv2.dilate(near, _disc(max(1, n // 200))).astype(np.float32), (0, 0), max(0.6, n / 512))[..., None]
     behind = rgb + gone * (spread(rgb, alpha <= 0.02, n / 170) - rgb)
     return (behind + 0.5).astype(np.uint8), moves

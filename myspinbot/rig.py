@@ -255,7 +255,7 @@ class Rig:
 
     def _behind(self, points: np.ndarray) -> None:
         "Take the person off the background, which then stays where it is; an uncertain outline would tear: then all sways."
-        found = None if self.alpha is not None else find_matte(self.image, points)
+        found = None if self.alpha is not None else find_matte(self.image, points, 256)
         self._plate, self._moves = (None, None) if found is None or found.doubt > UNSURE else lifted(self.image, found.alpha)
 
     def _lip_masks(self) -> None:

@@ -232,6 +232,7 @@ def test_the_background_beside_the_hair_does_not_sway(portrait, matte):
     head = matte.alpha[:200] == 1
     assert moved[:200][head].max() > 2.5, "the head does sway"
     assert (np.abs(still.astype(int) - swayed)[beside].max(-1) <= 1).mean() > 0.95, "what is behind does not change"
+    beside &= away > 16  # nearer, the window of the optical flow reaches the head
     assert np.percentile(before[beside], 95) > 1
     assert np.percentile(moved[beside], 95) < 0.5
 

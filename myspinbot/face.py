@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EYES_AT', 'FRAME', 'Point', 'Box', 'Face', 'eye_line', 'framed', 'grey', 'is_dark', 'find_faces', 'face_rank',
            'choose_face', 'refine_face', 'frame_face', 'extend_background', 'crop_square', 'Landmarks',
-           'load_landmarks', 'brighten', 'Portrait', 'prepare_portrait', 'annotate', 'annotated_source', 'load_picture',
-           'fit_size', 'sample_portrait', 'show_picture', 'Upscaler']
+           'load_landmarks', 'brighten', 'Portrait', 'prepare_portrait', 'annotate', 'annotated_source', 'cut_sheet',
+           'load_picture', 'fit_size', 'sample_portrait', 'show_picture', 'Upscaler']
 
 # %% ../nbs/32_face.ipynb #821df119
 import math
@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 
 from .core import InputError
 from .mesh import CHIN, LEFT_EYE, RIGHT_EYE, Mesh, detect, distinct, ibug, place_mesh, square_around, straightened, turn
+from .matte import Cut, change_background, read_background
 from .picture import Upscaler, fit_size, load_picture, sample_portrait, show_picture
 from .schema import Wire
 
@@ -322,12 +323,17 @@ def brighten(
     curve = 255 * (((np.arange(256) - black).clip(0) * gain / 255).clip(0, 1)) ** gamma
     return (curve + 0.5).astype(np.uint8)[rgb], dict(gain=round(gain, 2), gamma=round(gamma, 2))
 
-# %% ../nbs/32_face.ipynb #62284116
+# %% ../nbs/32_face.ipynb #62284115
 class Portrait:
     "A prepared portrait: `image` (size, size, 3) uint8 RGB, its `landmarks`, and the `picture` that it was cut from."
-    def __init__(self, image: np.ndarray, landmarks: Landmarks, picture: np.ndarray):
-        self.image, self.landmarks, self.picture = image, landmarks, picture
+    def __init__(self, image: np.ndarray, landmarks: Landmarks, picture: np.ndarray, cut: Cut | None = None):
+        self.image, self.landmarks, self.picture = image if cut is None else cut.image, landmarks, picture
+        self.before, self.cut = image, cut  # before the background was changed, and how it was
 
+    @property
+    def stored(self) -> np.ndarray: return self.cut.rgba if self.cut and self.cut.clear else self.image  # what its file holds
+
+# %% ../nbs/32_face.ipynb #62284116
 def prepare_portrait(
     picture: Any,  # what `load_picture` takes
     size: int = 512,  # side of the portrait, 256..1024
@@ -335,12 +341,15 @@ def prepare_portrait(
     upscaler: Upscaler = "fast",
     light: bool = True,  # lift very dark faces
     on_progress: Callable[[float, str], None] | None = None,  # called with 0..1 and a note
+    background: str = "keep",  # or what else `read_background` takes
+    backdrop: Any = "",  # a picture to put behind the person
 ) -> Portrait:
     "Find, straighten, frame and enlarge a face; raises `InputError` for whatever cannot be used."
     import cv2
     if not 256 <= size <= 1024: raise InputError(f"size={size} is out of range.", "Use 256 to 1024.")
     if upscaler not in ("fast", "best", "none"):
         raise InputError(f"upscaler={upscaler!r} is unknown.", "Use fast, best or none.")
+    behind = read_background(background, backdrop)
     say = on_progress or (lambda fraction, note: None)
     name = Path(picture).name if isinstance(picture, str | Path) else "the picture"
     rgb = load_picture(picture, name)
@@ -358,14 +367,17 @@ def prepare_portrait(
     say(0.4, "sharpening")
     image, how = fit_size(crop, size, upscaler, lambda f: say(0.4 + 0.5 * f, "sharpening"))
     box, score, final = _place_final(image, inner * (size / crop.shape[0]), found)
+    cut = None if isinstance(behind, str) and behind == "keep" else change_background(image, final, behind)
+    if cut: notes = [*notes, *cut.notes]
     square = (np.array([_CORNERS], np.float32) + 1) * crop.shape[0] / 2
     corners = cv2.transform(square, cv2.invertAffineTransform(m))[0]
     source = dict(file=name, size=[rgb.shape[1], rgb.shape[0]], box=list(found.box), score=round(found.score, 3),
                   points=_rounded(points), crop=_rounded(corners), faces=[f.to_json() for f in faces], notes=notes,
                   upscaler=how, light=lit if light else {}, scale=round(size / side, 3))
+    if cut: source |= dict(background=background, doubt=round(cut.doubt, 4))
     marks = Landmarks(size=(size, size), points=_rounded(final), box=box, score=score, angle_deg=round(angle, 2),
                       source=source)
-    return Portrait(image, marks, rgb)
+    return Portrait(image, marks, rgb, cut)
 
 # %% ../nbs/32_face.ipynb #056f1dbd
 Box = tuple[int, int, int, int]
@@ -401,3 +413,8 @@ def annotated_source(portrait: Portrait) -> np.ndarray:
     "The picture that a portrait was cut from, with what was found in it."
     s = portrait.landmarks.source
     return annotate(portrait.picture, np.array(s["points"]), tuple(s["box"]), np.array(s["crop"]))
+
+def cut_sheet(portrait: Portrait) -> np.ndarray:
+    "Before, mask and after, side by side; the portrait alone where its background was kept."
+    cut = portrait.cut
+    return portrait.image if cut is None else np.hstack([portrait.before, np.dstack([cut.alpha] * 3), cut.image])

@@ -18,7 +18,7 @@ import numpy as np
 
 from .content import GIVE, HEAD, named, sniff_file
 from .core import InputError
-from .picture import load_picture
+from .picture import CLEAR, load_picture
 from .schema import Wire
 
 # %% ../nbs/33_film.ipynb #d493505c
@@ -72,9 +72,30 @@ def _open_video(path: str | Path) -> Iterator[Any]:
             raise InputError(f"{Path(path).name} has no picture, only sound.", "Give a video file.", file=Path(path).name)
         yield box
 
+_LIBVPX = dict(vp8="libvpx", vp9="libvpx-vp9")  # FFmpeg's own decoders of the two leave the alpha out
+
+def _has_alpha(stream: Any) -> bool:
+    "Does a video stream say that it is transparent somewhere?"
+    return stream.codec_context.name in _LIBVPX and {k.lower(): v for k, v in stream.metadata.items()}.get("alpha_mode") == "1"
+
+def _decoded(box: Any, stream: Any) -> Iterator[Any]:
+    "The frames of a video stream, with their alpha."
+    import av
+    if not _has_alpha(stream): return (yield from box.decode(stream))
+    decoder = av.CodecContext.create(_LIBVPX[stream.codec_context.name], "r")
+    for packet in box.demux(stream): yield from decoder.decode(packet)  # the last packet is empty and asks for the rest
+
+def _on_grey(rgba: np.ndarray, form: str) -> np.ndarray:
+    import cv2
+    a = rgba[..., 3:] / np.float32(255)
+    rgb = (rgba[..., :3] * a + np.float32(CLEAR) * (1 - a) + 0.5).astype(np.uint8)
+    return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY) if form == "gray" else rgb
+
 def _is_faststart(path: Path) -> bool:
-    "Does the index (moov) of an MP4 come before its media data (mdat)?"
+    "Can a file play while it still loads: does the index (moov) of an MP4 come before its media data (mdat)?"
     with path.open("rb") as f:
+        if f.read(4) == b"\x1aE\xdf\xa3": return True  # Matroska, WebM: one cluster after the other
+        f.seek(0)
         while len(head := f.read(8)) == 8:
             size, kind = int.from_bytes(head[:4], "big"), head[4:]
             if kind in (b"moov", b"mdat"): return kind == b"moov"
@@ -110,15 +131,16 @@ def probe(
             audio_s=round(length.get("audio", 0.0), 4), audio_codec=audio.codec_context.name,
             sample_rate=audio.codec_context.sample_rate, channels=audio.codec_context.channels)
         c = video.codec_context
+        pixels = "yuva420p" if _has_alpha(video) else c.pix_fmt or ""
         return VideoInfo(width=c.width, height=c.height, fps=round(fps, 4), frames=frames, codec=c.name,
-                         pix_fmt=c.pix_fmt or "", video_s=round(length["video"], 4), faststart=_is_faststart(path),
+                         pix_fmt=pixels, video_s=round(length["video"], 4), faststart=_is_faststart(path),
                          size=path.stat().st_size, **sound)
 
 # %% ../nbs/33_film.ipynb #74d4e890
 def read_frames(
     path: str | Path,  # a video file
     width: int = 0,  # scale to this width; 0: as it is
-    form: str = "rgb24",  # or "gray"
+    form: str = "rgb24",  # or "gray", which lie on light grey where the video is transparent; or "rgba"
     every: int = 1,  # every n-th frame
     only: Container[int] | None = None,  # these frames, counted from 0
 ) -> Iterator[tuple[float, np.ndarray]]:  # time in seconds; (height, width, 3) or (height, width) uint8
@@ -130,9 +152,11 @@ def read_frames(
         height = 2 * round(width * stream.height / stream.width / 2) if width else 0
         convert = av.video.reformatter.VideoReformatter().reformat  # one for all: its tables cost more than a frame
         try:
-            for i, frame in enumerate(box.decode(stream)):
+            clear = _has_alpha(stream) and form != "rgba"
+            for i, frame in enumerate(_decoded(box, stream)):
                 if i % every or (only is not None and i not in only): continue
-                yield float(frame.time or 0.0), convert(frame, width or None, height or None, form).to_ndarray()
+                shown = convert(frame, width or None, height or None, "rgba" if clear else form).to_ndarray()
+                yield float((frame.pts or 0) * stream.time_base), _on_grey(shown, form) if clear else shown
         except av.FFmpegError as e:
             raise InputError(f"{Path(path).name} is damaged: {_why(e)}.", "Make it again.", file=Path(path).name) from e
 

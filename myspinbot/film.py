@@ -18,7 +18,7 @@ import numpy as np
 
 from .content import GIVE, HEAD, named, sniff_file
 from .core import InputError
-from .picture import CLEAR, load_picture
+from .picture import load_picture, on_grey
 from .schema import Wire
 
 # %% ../nbs/33_film.ipynb #d493505c
@@ -85,12 +85,6 @@ def _decoded(box: Any, stream: Any) -> Iterator[Any]:
     decoder = av.CodecContext.create(_LIBVPX[stream.codec_context.name], "r")
     for packet in box.demux(stream): yield from decoder.decode(packet)  # the last packet is empty and asks for the rest
 
-def _on_grey(rgba: np.ndarray, form: str) -> np.ndarray:
-    import cv2
-    a = rgba[..., 3:] / np.float32(255)
-    rgb = (rgba[..., :3] * a + np.float32(CLEAR) * (1 - a) + 0.5).astype(np.uint8)
-    return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY) if form == "gray" else rgb
-
 def _is_faststart(path: Path) -> bool:
     "Can a file play while it still loads: does the index (moov) of an MP4 come before its media data (mdat)?"
     with path.open("rb") as f:
@@ -145,7 +139,7 @@ def read_frames(
     only: Container[int] | None = None,  # these frames, counted from 0
 ) -> Iterator[tuple[float, np.ndarray]]:  # time in seconds; (height, width, 3) or (height, width) uint8
     "Decode a video frame by frame; memory does not grow with its length."
-    import av
+    import av, cv2
     with _open_video(path) as box:
         stream = box.streams.video[0]
         stream.thread_type = "AUTO"
@@ -156,7 +150,9 @@ def read_frames(
             for i, frame in enumerate(_decoded(box, stream)):
                 if i % every or (only is not None and i not in only): continue
                 shown = convert(frame, width or None, height or None, "rgba" if clear else form).to_ndarray()
-                yield float((frame.pts or 0) * stream.time_base), _on_grey(shown, form) if clear else shown
+                if clear: shown = on_grey(shown)
+                if clear and form == "gray": shown = cv2.cvtColor(shown, cv2.COLOR_RGB2GRAY)
+                yield float((frame.pts or 0) * stream.time_base), shown
         except av.FFmpegError as e:
             raise InputError(f"{Path(path).name} is damaged: {_why(e)}.", "Make it again.", file=Path(path).name) from e
 

@@ -241,7 +241,7 @@ class Rig:
         self._head()
 
     @classmethod
-    def from_portrait(cls, image: np.ndarray, landmarks: Any) -> "Rig":
+    def from_portrait(cls, image: np.ndarray, landmarks: Any, alpha: np.ndarray | None = None) -> "Rig":
         "From a portrait and its landmarks: `face.Landmarks`, their JSON, or an array."
         if hasattr(landmarks, "array"): landmarks = landmarks.to_json()
         if isinstance(landmarks, Mapping):
@@ -251,7 +251,7 @@ class Rig:
                 raise InputError(f"The landmarks belong to a portrait of {list(size)}, this one is {list(shape)}.",
                                  "Give portrait and landmarks of the same portrait.prepare run.")
             landmarks = landmarks["points"]
-        return cls(image, landmarks)
+        return cls(image, landmarks, alpha)
 
     def _behind(self, points: np.ndarray) -> None:
         "Take the person off the background, which then stays where it is; an uncertain outline would tear: then all sways."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_phonemes', 'load_rig', 'sound_seconds', 'wav_blocks', 'VideoWriter', 'TalkReport', 'frame_count', 'video_name',
-           'on_grey', 'render', 'key_frames', 'frame_strip', 'plot_track', 'show_video', 'Rig', 'Track', 'mouth_track']
+           'render', 'key_frames', 'frame_strip', 'plot_track', 'show_video', 'Rig', 'Track', 'mouth_track']
 
 # %% ../nbs/33_talk.ipynb #912f635c
 import json, math, os, wave
@@ -20,7 +20,7 @@ import numpy as np
 from .core import ConfigError, InputError, hash_bytes
 from .face import load_landmarks
 from .matte import load_cutout
-from .picture import CLEAR
+from .picture import on_grey
 from .rig import Rig
 from .schema import Wire
 from .visemes import Track, mouth_track
@@ -56,12 +56,11 @@ def load_rig(
     key = hash_bytes(image.tobytes() + about + (b"" if alpha is None else alpha.tobytes()))
     if key in _rigs: return _rigs[key]
     points, n = marks.array.astype(float), image.shape[0]
-    if tuple(marks.size) != image.shape[1::-1] or n == size: rig = Rig.from_portrait(image, marks)
+    if tuple(marks.size) != image.shape[1::-1] or n == size: rig = Rig.from_portrait(image, marks, alpha)
     else:
         form = cv2.INTER_AREA if size < n else cv2.INTER_LANCZOS4
-        rig = Rig(cv2.resize(image, (size, size), interpolation=form), (points + 0.5) * (size / n) - 0.5)
         if alpha is not None: alpha = cv2.resize(alpha, (size, size), interpolation=form)
-    rig.alpha = alpha
+        rig = Rig(cv2.resize(image, (size, size), interpolation=form), (points + 0.5) * (size / n) - 0.5, alpha)
     while len(_rigs) > 1: _rigs.pop(next(iter(_rigs)))
     _rigs[key] = rig
     return rig
@@ -169,12 +168,6 @@ def frame_count(seconds: float, fps: int) -> int:
 def video_name(rig: Rig) -> str:
     "What its video is called: a portrait that has an alpha becomes a WebM."
     return "talk.mp4" if rig.alpha is None else "talk.webm"
-
-def on_grey(frame: np.ndarray) -> np.ndarray:  # (n, n, 3) uint8
-    "A frame to look at: an RGBA one laid on light grey, as `load_picture` does."
-    if frame.shape[2] == 3: return frame
-    a = frame[..., 3:] / np.float32(255)
-    return (frame[..., :3] * a + np.float32(CLEAR) * (1 - a) + 0.5).astype(np.uint8)
 
 def _drawn(rig: Rig, track: Track) -> Iterator[np.ndarray]:
     "The frames in order, drawn a few ahead, as many at a time as there are cores (four at most)."

@@ -172,9 +172,10 @@ def fitness_picture(
     rgb, unit = portrait.picture, eye_line(p)[1]
     low, high = (p.min(0) - 1.2 * unit).astype(int), (p.max(0) + 1.2 * unit).astype(int)
     margin = int(np.maximum(np.maximum(-low, high - rgb.shape[1::-1]), 0).max()) + 2
-    marked = annotate(rgb, p)
-    cv2.rectangle(marked, (0, 0), (rgb.shape[1] - 1, rgb.shape[0] - 1), (255, 90, 60), max(1, round(unit / 25)))
-    around = cv2.copyMakeBorder(marked, *[margin] * 4, cv2.BORDER_CONSTANT, value=(70, 70, 70))
+    around = cv2.copyMakeBorder(rgb, *[margin] * 4, cv2.BORDER_CONSTANT, value=(70, 70, 70))
+    edge = (margin, margin), (margin + rgb.shape[1] - 1, margin + rgb.shape[0] - 1)
+    cv2.rectangle(around, *edge, (255, 90, 60), max(1, round(unit / 25)))
+    around = annotate(around, p + margin)
     face = around[low[1] + margin:high[1] + margin, low[0] + margin:high[0] + margin]
     q, unit = portrait.landmarks.array, eye_line(portrait.landmarks.array)[1]
     x, y = q[[CHIN, NOSE]].mean(0)

@@ -30,7 +30,8 @@ def plain(value): return {"sha256": value.sha256} if isinstance(value, Artifact)
 def left_in(folder: Path, spec) -> dict:
     "The outputs that a notebook run by hand left: files as their hashes."
     out = json.loads((folder / spec.id / "outputs.json").read_text())
-    return {k: {"sha256": hash_file(folder / spec.id / v)} if "/" in spec.outputs[k] else v for k, v in out.items()}
+    kept = {k for k, form in spec.outputs.items() if "/" in form or form in ("Image", "Video", "Audio", "Data")}
+    return {k: {"sha256": hash_file(folder / spec.id / v)} if k in kept else v for k, v in out.items()}
 
 
 def run_all(path: Path, cwd: Path) -> None:

@@ -139,7 +139,7 @@ def read_frames(
     only: Container[int] | None = None,  # these frames, counted from 0
 ) -> Iterator[tuple[float, np.ndarray]]:  # time in seconds; (height, width, 3) or (height, width) uint8
     "Decode a video frame by frame; memory does not grow with its length."
-    import av, cv2
+    import av
     with _open_video(path) as box:
         stream = box.streams.video[0]
         stream.thread_type = "AUTO"
@@ -151,7 +151,9 @@ def read_frames(
                 if i % every or (only is not None and i not in only): continue
                 shown = convert(frame, width or None, height or None, "rgba" if clear else form).to_ndarray()
                 if clear: shown = on_grey(shown)
-                if clear and form == "gray": shown = cv2.cvtColor(shown, cv2.COLOR_RGB2GRAY)
+                if clear and form == "gray":
+                    import cv2
+                    shown = cv2.cvtColor(shown, cv2.COLOR_RGB2GRAY)
                 yield float((frame.pts or 0) * stream.time_base), shown
         except av.FFmpegError as e:
             raise InputError(f"{Path(path).name} is damaged: {_why(e)}.", "Make it again.", file=Path(path).name) from e

@@ -151,14 +151,14 @@ def judge_portrait(
     agreement, contrast, (right, down) = mouth_fit(portrait.image, portrait.landmarks.array)
     photo = photo_score(brighten(portrait.picture, points)[0], points)
     away = math.hypot(right, down)
-    def gate(name: str, value: float, least: float, note: str, unit: str = "") -> Gate:
-        ok = value >= least
-        return Gate(name=name, ok=ok, value=round(value, 3), limit=f"at least {least:g}{unit}", note="" if ok else note)
     return Fitness(gates=[
-        gate("room around mouth, chin and eyes", room, ROOM, "the picture ends too near, or cuts the face", " eye distances"),
-        gate("mouth where the landmarks are", agreement, AGREEMENT, f"it is clearer {away:.2f} eye distances from there"),
-        gate("contrast of the mouth", contrast, CONTRAST, "it is covered, or cannot be told from the skin"),
-        gate("photograph rather than drawing", photo, PHOTO, "the face looks drawn: its lips will not move as a person's"),
+        Gate.at_least("room around mouth, chin and eyes", room, ROOM, " eye distances",
+                      "the picture ends too near, or cuts the face"),
+        Gate.at_least("mouth where the landmarks are", agreement, AGREEMENT,
+                      note=f"it is clearer {away:.2f} eye distances from there"),
+        Gate.at_least("contrast of the mouth", contrast, CONTRAST, note="it is covered, or cannot be told from the skin"),
+        Gate.at_least("photograph rather than drawing", photo, PHOTO,
+                      note="the face looks drawn: its lips will not move as a person's"),
     ])
 
 # %% ../nbs/33_fitness.ipynb #9b7e0016
@@ -231,10 +231,7 @@ def judge_frames(
     points = ((points + 0.5) * (size[0] / portrait.shape[1]) - 0.5).astype(np.float32)
     portrait = cv2.resize(portrait, size, interpolation=cv2.INTER_AREA if size[0] < portrait.shape[1] else cv2.INTER_CUBIC)
     aside, alike = np.median([_closed(o, portrait, points) for o in closed], axis=0)
-    def gate(name: str, value: float, ok: bool, limit: str, note: str) -> Gate:
-        known = round(value, 3) if math.isfinite(value) else None
-        return Gate(name=name, ok=bool(ok), value=known, limit=limit, note="" if ok else note)
-    return [gate("closed mouth, away from the portrait's", float(aside), aside <= ASIDE, f"at most {ASIDE:g} eye distances",
-                 "another mouth than the portrait's moves"),
-            gate("likeness of the skin around the closed mouth", float(alike), alike >= LIKENESS, f"at least {LIKENESS:g}",
-                 "closing the lips distorts the face")]
+    return [Gate.at_most("closed mouth, away from the portrait's", aside, ASIDE, " eye distances",
+                         "another mouth than the portrait's moves"),
+            Gate.at_least("likeness of the skin around the closed mouth", alike, LIKENESS,
+                          note="closing the lips distorts the face")]

@@ -6,6 +6,7 @@
 __all__ = ['Gate', 'Gated', 'gate_table']
 
 # %% ../nbs/31_gates.ipynb #9a7e0003
+import math
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -21,6 +22,19 @@ class Gate(Wire):
     value: float | None   # None: could not be measured
     limit: str            # what is demanded, in words
     note: str = ""        # where, or why
+
+    @classmethod
+    def at_least(cls, name: str, value: float, least: float, unit: str = "", note: str = "") -> "Gate":
+        "A value may not be smaller; the note is for one that is."
+        return cls._bound(name, value, value >= least, f"at least {least:g}{unit}", note)
+    @classmethod
+    def at_most(cls, name: str, value: float, most: float, unit: str = "", note: str = "") -> "Gate":
+        "A value may not be greater; the note is for one that is."
+        return cls._bound(name, value, value <= most, f"at most {most:g}{unit}", note)
+    @classmethod
+    def _bound(cls, name: str, value: float, ok: bool, limit: str, note: str) -> "Gate":
+        known = round(float(value), 3) if math.isfinite(value) else None
+        return cls(name=name, ok=bool(ok), value=known, limit=limit, note="" if ok else note)
 
     @property
     def shown(self) -> str: return "unknown" if self.value is None else f"{self.value:g}"

@@ -122,7 +122,7 @@ def foreground(
     rgb: np.ndarray,    # (n, n, 3) uint8
     alpha: np.ndarray,  # (n, n)
 ) -> np.ndarray:        # (n, n, 3) float32, 0..255
-    "The person's own colours, continued softly where there is no person."
+    "The person's own colours, continued softly beyond the outline."
     import cv2
     n, a = rgb.shape[0], alpha[..., None]
     picture = front = back = rgb.astype(np.float32)
@@ -178,7 +178,7 @@ def read_background(
     if given and word != "picture":
         raise InputError(f"A picture is given as backdrop, but background={background!r:.60}.", "Use background='picture'.")
     if word == "picture":
-        if not given: raise InputError("background='picture', but there is no picture.", "Give its file as backdrop.")
+        if not given: raise InputError("background='picture' needs a picture.", "Give its file as backdrop.")
         return load_picture(backdrop)
     if word in ("keep", "blur", "alpha"): return word
     if word == "green": return np.uint8(GREEN)

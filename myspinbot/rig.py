@@ -417,29 +417,35 @@ class Pose:
         out[y0:y1, x0:x1] = np.clip(colour + 0.5, 0, 255).astype(np.uint8)
 
 # %% ../nbs/33_rig.ipynb #2944d89a
+def _posed(self: Rig, controls: Mapping[str, float]) -> Pose:
+    unknown = [k for k in controls if k not in CONTROLS]
+    if unknown: raise InputError(f"Unknown control {unknown[0]!r}.", f"Use {', '.join(CONTROLS)}.")
+    return Pose(self, {k: float(controls.get(k, 0.0)) for k in CONTROLS})
+
 def _frame(self: Rig,
     controls: Mapping[str, float] | None = None,  # by name, see `CONTROLS`; those not given are 0
     **more: float,
 ) -> np.ndarray:  # (n, n, 3) uint8 RGB
     "The portrait with these controls; the same controls give the same pixels."
-    given = {**(controls or {}), **more}
-    unknown = [k for k in given if k not in CONTROLS]
-    if unknown: raise InputError(f"Unknown control {unknown[0]!r}.", f"Use {', '.join(CONTROLS)}.")
-    pose = Pose(self, {k: float(given.get(k, 0.0)) for k in CONTROLS})
-    out = pose.head()
-    pose.mouth(out)
-    for eye in self.eyes: pose.eye(out, eye)
-    if self._plate is not None: pose.behind(out)
+    return self._posed({**(controls or {}), **more}).drawn()
+
+def _drawn(self: Pose) -> np.ndarray:
+    out = self.head()
+    self.mouth(out)
+    for eye in self.rig.eyes: self.eye(out, eye)
+    if self.rig._plate is not None: self.behind(out)
     return out
 
-Rig.frame = _frame
+Rig._posed, Rig.frame, Pose.drawn = _posed, _frame, _drawn
 
 # %% ../nbs/33_rig.ipynb #2944d89c
-def _cutout(self: Rig, controls: Mapping[str, float]) -> np.ndarray:  # (n, n, 4) uint8 RGBA
-    "A frame of a portrait that has an alpha."
+def _cutout(self: Rig, controls: Mapping[str, float]) -> np.ndarray:
+    "A frame of a portrait that has an alpha, (n, n, 4) uint8 RGBA; of another one what `frame` gives."
     import cv2
-    pose, (x0, y0, x1, y1), alpha = Pose(self, {k: float(controls.get(k, 0.0)) for k in CONTROLS}), self.box, self.alpha.copy()
+    pose = self._posed(controls)
+    if self.alpha is None: return pose.drawn()
+    (x0, y0, x1, y1), alpha = self.box, self.alpha.copy()
     alpha[y0:y1, x0:x1] = cv2.remap(self.alpha, pose.q, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    return np.dstack([self.frame(controls), alpha])
+    return np.dstack([pose.drawn(), alpha])
 
 Rig.cutout = _cutout

@@ -98,6 +98,15 @@ def wav_blocks(
             a = np.frombuffer(data, "<i2").reshape(-1, f.getnchannels())
             yield np.ascontiguousarray(a.astype(np.int32).mean(1).astype(np.int16)[None]), f.getframerate()
 
+# %% ../nbs/33_talk.ipynb #00459174
+def _opaque(quality: int, rate: int) -> tuple:  # container, codec, pixels, its options; codec of the sound, its rate
+    return "mp4", "libx264", "yuv420p", dict(crf=str(quality), preset="veryfast", tune="film"), "aac", rate
+
+def _with_alpha(quality: int) -> tuple:
+    "One pass at a constant quality; without hidden frames, which libvpx cannot give an alpha."
+    options = {"crf": str(quality + 6), "b": "0", "deadline": "realtime", "cpu-used": "6", "auto-alt-ref": "0"}
+    return "webm", "libvpx-vp9", "yuva420p", options, "libopus", 48_000
+
 # %% ../nbs/33_talk.ipynb #00459175
 class VideoWriter:
     "H.264 and AAC into an MP4, or VP9 and Opus into a WebM; plays before it is loaded whole; a context manager."
@@ -114,13 +123,7 @@ class VideoWriter:
             raise ConfigError("The package av is not installed.", "pip install 'myspinbot[media]'") from e
         from fractions import Fraction
         self._av, self._tick, self.frames, self.samples = av, Fraction(1, fps), 0, 0
-        if alpha:  # one pass at a constant quality; without hidden frames, which libvpx cannot give an alpha
-            options = {"crf": str(quality + 6), "b": "0", "deadline": "realtime", "cpu-used": "6", "auto-alt-ref": "0"}
-            names = "webm", "libvpx-vp9", "yuva420p", "libopus", 48_000
-        else:
-            options = dict(crf=str(quality), preset="veryfast", tune="film")
-            names = "mp4", "libx264", "yuv420p", "aac", rate
-        form, codec, pixels, sound, sound_rate = names
+        form, codec, pixels, options, sound, sound_rate = _with_alpha(quality) if alpha else _opaque(quality, rate)
         self.file = av.open(str(path), "w", format=form, options={} if alpha else {"movflags": "+faststart"})
         self.video = self.file.add_stream(codec, rate=fps, options=options)
         self.video.width = self.video.height = size
@@ -177,7 +180,7 @@ def _drawn(rig: Rig, track: Track) -> Iterator[np.ndarray]:
     pool, ahead = ThreadPoolExecutor(n, "frame"), deque()
     try:
         for i in range(len(track)):
-            ahead.append(pool.submit(rig.frame if rig.alpha is None else rig.cutout, track.controls(i)))
+            ahead.append(pool.submit(rig.cutout, track.controls(i)))
             if len(ahead) > n: yield ahead.popleft().result()
         while ahead: yield ahead.popleft().result()
     finally:
@@ -239,8 +242,7 @@ def frame_strip(
     middle, half = (low + high) // 2, int(max(high - low)) // 2
     x0, y0 = np.clip(middle - half, 0, rig.size - 2)
     for name, i in key_frames(track).items():
-        draw = rig.frame if rig.alpha is None else rig.cutout
-        picture = on_grey(draw(track.controls(i)))[y0:y0 + 2 * half, x0:x0 + 2 * half]
+        picture = on_grey(rig.cutout(track.controls(i)))[y0:y0 + 2 * half, x0:x0 + 2 * half]
         form = cv2.INTER_AREA if picture.shape[0] > side else cv2.INTER_CUBIC
         tile = cv2.resize(picture, (side, side), interpolation=form)
         cv2.putText(tile, name, (8, side - 9), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 3, cv2.LINE_AA)

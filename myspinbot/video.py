@@ -262,9 +262,9 @@ def check_video(
     gates = lengths + [
         Gate(name="loudness", ok=lufs[0] <= volume <= lufs[1], value=heard, limit=f"{lufs[0]:g} to {lufs[1]:g} LUFS",
              note="" if heard is not None else "silent" if info.audio_codec else "no sound"),
-        _most("black stretch", black, max_black_s, where_black),
-        _most("frozen stretch while speaking", frozen, max_frozen_s, where_frozen),
-        _most("frozen stretch", still, max_still_s, where_still),
+        Gate.at_most("black stretch", black, max_black_s, " s", where_black),
+        Gate.at_most("frozen stretch while speaking", frozen, max_frozen_s, " s", where_frozen),
+        Gate.at_most("frozen stretch", still, max_still_s, " s", where_still),
     ]
     sync: dict[str, Any] = {}
     if phonemes is not None:
@@ -281,15 +281,11 @@ def _length_gate(name: str, a: float, b: float, fps: float, most: float) -> Gate
     limit = f"within {most:g} frame{'s' * (most != 1)}"
     return Gate(name=name, ok=abs(off) <= most + 0.02, value=off, limit=limit, note=f"{a:.3f} s and {b:.3f} s")
 
-def _most(name: str, value: float, most: float, where: str) -> Gate:
-    ok = value <= most
-    return Gate(name=name, ok=ok, value=value, limit=f"at most {most:g} s", note="" if ok else where)
-
 def _narration_gates(sound: np.ndarray, narration: np.ndarray, rate: int, fps: float, most: float) -> list[Gate]:
     "Is the sound of the video the narration: as long, and the same at the same time?"
     length = _length_gate("sound length - narration length", len(sound) / rate, len(narration) / rate, fps, most)
     peak, delay = same_sound(sound, narration, rate)
-    like = Gate(name="likeness of sound and narration", ok=peak >= 0.6, value=round(peak, 3), limit="at least 0.6")
+    like = Gate.at_least("likeness of sound and narration", peak, 0.6)
     late = Gate(name="delay of the sound", ok=abs(delay) * fps <= 1, value=round(1000 * delay, 1),
                 limit=f"within {1000 / fps:g} ms")
     return [length, like, late]
@@ -312,7 +308,7 @@ def _sync_gates(
     expected = np.asarray(opening_curve(dict(phonemes), picture.fps, len(lips)), np.float64)
     now, lag, peak = correlate(lips, expected)
     seen = round(min(1.0, seen * every), 3)
-    face = Gate(name="frames with a face", ok=seen >= 0.9, value=seen, limit="at least 0.9")
+    face = Gate.at_least("frames with a face", seen, 0.9)
     sync = Gate(name="lip sync", ok=now >= least, value=round(now, 3), limit=f"at least {least:g}",
                 note=f"{peak:.2f} when shifted by {lag} frames")
     late = Gate(name="lip lag", ok=abs(lag) <= most or peak - now < 0.02, value=float(lag),

@@ -126,7 +126,7 @@ def test_each_background_stands_behind_the_same_person(portrait, matte, backgrou
 @pytest.mark.parametrize("background, backdrop, said", [
     ("bleu", "", "background='bleu' is unknown"), ("", "", "background='' is unknown"), ("#12345", "", "'#12345' is unknown"),
     (7, "", "background=7 is unknown"), (None, "", "background=None is unknown"), ("x" * 9000, "", "is unknown"),
-    ("rgb(1,2,3)", "", "is unknown"), ("picture", "", "there is no picture"), ("keep", "a.png", "A picture is given as backdrop"),
+    ("rgb(1,2,3)", "", "is unknown"), ("picture", "", "needs a picture"), ("keep", "a.png", "A picture is given as backdrop"),
     ("picture", "/none/a.png", "There is no picture a.png"), ("picture", __file__, "test_matte.py is not a picture")])
 def test_bad_backgrounds_are_refused_before_the_picture_is_read(background, backdrop, said: str):
     with pytest.raises(InputError) as e: prepare_portrait("/none/portrait.png", background=background, backdrop=backdrop)

@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 from myspinbot.catalogue import Catalogue
 from myspinbot.core import hash_file
 from myspinbot.runner import LocalRunner
-from myspinbot.schema import Artifact, Graph, Node, PortRef
+from myspinbot.schema import MEDIA, Artifact, Graph, Node, PortRef
 
 ROOT = Path(__file__).parent.parent
 CATALOGUE = Catalogue(ROOT / "pipelines")
@@ -30,7 +30,7 @@ def plain(value): return {"sha256": value.sha256} if isinstance(value, Artifact)
 def left_in(folder: Path, spec) -> dict:
     "The outputs that a notebook run by hand left: files as their hashes."
     out = json.loads((folder / spec.id / "outputs.json").read_text())
-    kept = {k for k, form in spec.outputs.items() if "/" in form or form in ("Image", "Video", "Audio", "Data")}
+    kept = {k for k, form in spec.outputs.items() if "/" in form or form in MEDIA}
     return {k: {"sha256": hash_file(folder / spec.id / v)} if k in kept else v for k, v in out.items()}
 
 

@@ -681,14 +681,13 @@ def demo(
     from myspinbot.samples import sample_text
     from myspinbot.services import Stack, up_state
     t, cfg = time.monotonic(), settings()
-    stack = None if up_state(cfg.home) is not None or (cfg.redis_url and cfg.postgres_url) else Stack(dashboards=False)
+    stack = None if up_state(cfg.home) is not None or (cfg.redis_url and cfg.postgres_url) else Stack(dashboards=False, api=False)
     stop = threading.Event()
     try:
         if stack:
             err.print("Starting services ...")
             stack.start()
             threading.Thread(target=stack.watch, args=(stop,), daemon=True).start()
-            stack.wait_ready()
         with client() as c:
             given = dict(text=text or sample_text(), **(dict(portrait=str(portrait)) if portrait else {}))
             job = c.submit("talking_portrait", given)

@@ -8,6 +8,7 @@ __all__ = ['MAX_PARENTS', 'UNUSED_S', 'CLOSE_S', 'serve', 'kill_group', 'import_
 
 # %% ../nbs/21_launch.ipynb #e2e40b31
 import contextlib, gc, json, os, secrets, select, shutil, signal, socket, subprocess, sys, tempfile, threading, time
+from collections import defaultdict
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -318,7 +319,7 @@ def current(self: Parent) -> bool:
 @patch
 def kill(self: Parent) -> None:
     "End it before it has a kernel, even in the middle of an import."
-    if not self.ended: kill_group(self.process)
+    if self.process and not self.ended: kill_group(self.process)
     self.close()
 
 @patch
@@ -339,7 +340,9 @@ class Launcher:
         self.refused: dict[str, str] = {}  # module that no parent may import -> why
         self.parents: dict[tuple[str, ...], Parent] = {}  # by what they were asked to import; longest unused first
         self.stale: list[Parent] = []      # of which files have changed; they still have kernels
-        self._lock = threading.Lock()
+        self.importing: set[Parent] = set()  # on their way
+        self._lock = threading.Lock()      # guards `parents` and `stale`
+        self._locks: defaultdict[tuple[str, ...], threading.Lock] = defaultdict(threading.Lock)  # of each set of imports
         self._socket, theirs = socket.socketpair()
         code = ("import sys; p = sys.path; p[:] = [o for o in p if o]; sys.argv[3] in p or p.append(sys.argv[3]);"
                 "from myspinbot.launch import serve; serve(int(sys.argv[1]), sys.argv[2])")  # not what lies in this folder
@@ -370,38 +373,53 @@ def parent(self: Launcher,
 ) -> Parent:
     "The parent with these imports, made when there is none or when a file that it imported has changed."
     asked = tuple(imports)
-    with self._lock:
-        found = self.parents.pop(asked, None)
-        if found and not found.current():
-            self.stale.append(found)
-            found = None
-        while found is None:
-            made = Parent(self, [o for o in asked if o not in self.refused])
-            try: said = made.reply(timeout_s)
-            except ServiceUnavailable:
-                if self.lost or not made.importing:
-                    made.close()
-                    raise
-                said = dict(refused="its import ends the process" if made.ended else f"its import takes over {timeout_s:g} s")
-            if said["refused"]:
-                self.refused[made.importing] = said["refused"]
-                made.kill()
-            else: found, made.files = made, said["files"]
-        self.parents[asked], found.asked_s = found, time.monotonic()
-        self._make_room()
-        return found
+    with self._lock: one_at_a_time = self._locks[asked]
+    with one_at_a_time:  # an import can take seconds: only those who ask for the same one wait for it
+        if found := self._find(asked): return found
+        made = self._import(asked, timeout_s)
+        with self._lock: self._keep(asked, made)
+        return made
 
 @patch
-def _make_room(self: Launcher) -> None:
-    "End parents without kernels that are stale, or too many."
+def _find(self: Launcher, asked: tuple[str, ...]) -> Parent | None:
+    "The parent that was made for these imports, unless its files have changed."
+    with self._lock:
+        if (found := self.parents.pop(asked, None)) is None: return None
+        if found.current(): return self._keep(asked, found)
+        self.stale.append(found)
+
+@patch
+def _import(self: Launcher, asked: tuple[str, ...], timeout_s: float) -> Parent:
+    "A new parent, without what cannot be shared."
+    while True:
+        made = Parent(self, [o for o in asked if o not in self.refused])
+        self.importing.add(made)
+        try: said = made.reply(timeout_s)
+        except ServiceUnavailable:
+            if self.lost or not made.importing:
+                made.close()
+                raise
+            said = dict(refused="its import ends the process" if made.ended else f"its import takes over {timeout_s:g} s")
+        finally: self.importing.discard(made)
+        if not said["refused"]:
+            made.files = said["files"]
+            return made
+        self.refused[made.importing] = said["refused"]
+        made.kill()
+
+@patch
+def _keep(self: Launcher, asked: tuple[str, ...], parent: Parent) -> Parent:
+    "Remember a parent as the one that was asked for last; end those without kernels that are stale, or too many."
+    self.parents[asked], parent.asked_s = parent, time.monotonic()
     many = [k for k, o in self.parents.items() if o.unused()][:max(0, len(self.parents) - MAX_PARENTS)]
     self.stale += [self.parents.pop(k) for k in many]
     for o in [o for o in self.stale if o.unused()]:
         self.stale.remove(o)
         o.close()
+    return parent
 
 @patch
-def unused(self: Launcher) -> bool: return all(o.unused() for o in [*self.parents.values(), *self.stale])
+def unused(self: Launcher) -> bool: return not self.importing and all(o.unused() for o in [*self.parents.values(), *self.stale])
 
 @patch
 def log_tail(self: Launcher) -> str:
@@ -416,6 +434,7 @@ def close(self: Launcher) -> None:
     end = time.monotonic() + CLOSE_S
     while self._process.poll() is None:  # it waits for its parents, and these for their kernels
         for o in [*self.parents.values(), *self.stale]: o.close()  # more than once: another thread may just ask for one
+        for o in [*self.importing]: o.kill()
         if time.monotonic() > end: self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired): self._process.wait(0.1)
     shutil.rmtree(self.folder, ignore_errors=True)

@@ -140,6 +140,7 @@ def _start(self: KernelPool, imports: tuple[str, ...] = (), name: str = "python3
 def _current(self: KernelPool) -> Launcher:
     "The launcher, replaced when it was lost or when environment or sources have changed."
     with self._launching:
+        if self._closed: raise ServiceUnavailable("The kernel pool is closed.")
         if self._launcher and not self._launcher.current():
             self._old.append(self._launcher)
             self._launcher = None
@@ -205,6 +206,13 @@ def refill(self: KernelPool,
                 self._starting[wanted] -= 1
                 if kernel: self._keep_spare(kernel, wanted)
                 self._changed.notify_all()
+
+@patch
+def warm(self: KernelPool,
+    imports: Sequence[str] = (),
+) -> None:
+    "Fork spare kernels on a thread beside; returns at once."
+    with contextlib.suppress(RuntimeError): self._beside.submit(self.refill, imports)  # this process is ending
 
 @patch
 def _keep_spare(self: KernelPool, kernel: Kernel, wanted: tuple[str, ...]) -> None:

@@ -74,9 +74,10 @@ class Stack:
         cfg: Settings | None = None,
         workers: int | None = None,  # default: the setting
         dashboards: bool = True,
+        api: bool = True,
     ):
         self.cfg = cfg or settings()
-        self.workers, self.dashboards = self.cfg.workers if workers is None else workers, dashboards
+        self.workers, self.dashboards, self.api = self.cfg.workers if workers is None else workers, dashboards, api
         self.embedded, self.children, self.lock, self.env = Embedded(self.cfg.home), [], None, {}
         self.next_servers, self.servers_wait = 0.0, 0.5  # when to look at the servers, and how long to wait after a start
 
@@ -95,13 +96,15 @@ class Stack:
         if not (cfg.redis_url and cfg.postgres_url): self.embedded.start()
         cfg = service_settings(cfg)
         self.token = Door.of(cfg, cfg.control_host).token
-        api = free_port(cfg.control_port, cfg.control_host)
         urls = {f"SPIN_{n}_URL": getattr(cfg, f"{n.lower()}_url").get_secret_value() for n in ("REDIS", "POSTGRES", "STORE")}
-        self.env = urls | dict(SPIN_HOME=str(cfg.home), SPIN_CONTROL_PORT=str(api), SPIN_SUPERVISOR=str(os.getpid()))
-        self.state = dict(pid=os.getpid(), api=f"http://{cfg.control_host}:{api}", dashboards=None)
+        self.env = urls | dict(SPIN_HOME=str(cfg.home), SPIN_SUPERVISOR=str(os.getpid()))
+        self.state = dict(pid=os.getpid(), api=None, dashboards=None)
         me = [sys.executable, "-m", "myspinbot.cli"]
-        self.children = [Child("control", [*me, "control"]), Child("api", [*me, "api"]), *(Child(f"worker-{i}",
-            [*me, "worker"]) for i in range(self.workers))]
+        self.children = [Child("control", [*me, "control"]), *(Child(f"worker-{i}", [*me, "worker"]) for i in range(self.workers))]
+        if self.api:
+            port = free_port(cfg.control_port, cfg.control_host)
+            self.children.append(Child("api", [*me, "api"]))
+            self.env["SPIN_CONTROL_PORT"], self.state["api"] = str(port), f"http://{cfg.control_host}:{port}"
         if self.dashboards:
             port = free_port(cfg.dashboards_port)
             self.children.append(Child("dashboards", [*me, "dashboards", "--port", str(port)]))

@@ -7,6 +7,7 @@ __all__ = ['log', 'STORE_S', 'GIVE_UP_S', 'STUCK_S', 'Running', 'Worker']
 
 # %% ../nbs/24_worker.ipynb #12e12843
 import contextlib, os, threading, time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from .bridge import Bridge, Entry
 from .catalogue import Catalogue
 from .core import (Conflict, KernelDied, ResourceLimit, ServiceUnavailable, Settings, SpinError, as_spin_error, new_id,
                             settings)
+from .engine import import_nbformat, shared_imports
 from .events import Events
 from .executor import Executor, RunContext, StepResult, completed
 from .journal import Journal
@@ -61,6 +63,7 @@ class Worker:
         self.codes: dict[str, dict[str, Any]] = {}    # parts that jobs were planned with, by their hash
         self.learned: dict[str, dict[str, Any]] = {}  # what was told about each source
         self.given_up = threading.Event()     # told to stop, and servers do not come back
+        self.ready = False                    # it has looked for work once
 
     def tell(self, job: str, kind: str, key: str, **body: Any) -> None:
         "A live event; decoration, so nobody waits for Redis here, and one that is away is no error."
@@ -297,7 +300,17 @@ def take(self: Worker, count: int) -> list[Entry]:
         self.next_reclaim = time.monotonic() + self.cfg.lease_s / 2
         old = self.bridge.reclaim(self.cfg.queues, self.name, int(self.cfg.lease_s * 1000), count)
         if old := self.not_running(old): return old
-    return self.bridge.read(self.cfg.queues, self.name, count, 1000)
+    return self.bridge.read(self.cfg.queues, self.name, count, 1000 if self.ready else 0)
+
+@patch
+def get_ready(self: Worker) -> None:
+    "Have what a first step would wait for: kernels with the imports that most steps of these queues share, and nbformat."
+    try:
+        steps = [o for o in self.catalogue.steps().values() if o.kind == "notebook" and o.queue in self.cfg.queues]
+        shared = Counter(shared_imports(self.catalogue.notebook(o.id)) for o in steps)
+        if shared: self.pool.warm(shared.most_common(1)[0][0])
+        import_nbformat()
+    except Exception as e: log.error("not ready ahead of time", exc_info=e)
 
 @patch
 def run(self: Worker, stop: threading.Event) -> None:
@@ -323,6 +336,8 @@ def run(self: Worker, stop: threading.Event) -> None:
                 continue
             entries, waiting = entries[:free], entries[free:]
             for e in entries: self.start(slots, e)
+            if not (entries or self.ready): self.get_ready()
+            self.ready = True
         self.turned = float("inf")
         self.drain(waiting)
     finally:

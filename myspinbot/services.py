@@ -74,7 +74,7 @@ class Stack:
         cfg: Settings | None = None,
         workers: int | None = None,  # default: the setting
         dashboards: bool = True,
-        api: bool = True,
+        api: bool = True,         # a command that submits by itself, such as `demo`, needs none
     ):
         self.cfg = cfg or settings()
         self.workers, self.dashboards, self.api = self.cfg.workers if workers is None else workers, dashboards, api

@@ -68,7 +68,7 @@ def idle_worker() -> list[Row]:
         finally:
             p.terminate()
             p.wait(30)
-    return [Row("idle worker without kernels, RSS", [o["Rss"] for o in before], "MB", 100,
+    return [Row("idle worker, RSS", [o["Rss"] for o in before], "MB", 100,
                 note=f"PSS {before[-1]['Pss']:.0f} MB"),
             Row("worker after three steps, RSS", [after["Rss"]], "MB",
                 note=f"PSS {after['Pss']:.0f} MB; launcher and kernels, PSS each: {', '.join(f'{o:.0f}' for o in kids)} MB")]

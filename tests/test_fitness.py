@@ -10,8 +10,8 @@ import pytest
 from myspinbot.core import GateFailed
 from myspinbot.face import Portrait, eye_line, prepare_portrait
 from myspinbot.fitness import (
-    AGREEMENT, ASIDE, CONTRAST, LIKENESS, PHOTO, ROOM, Fitness, fitness_picture, gate_table, judge_frames, judge_portrait, learn_photo_score,
-    mouth_fit, photo_score, room_around,
+    AGREEMENT, ASIDE, CONTRAST, LIKENESS, PHOTO, ROOM, Fitness, fitness_picture, gate_table, judge_frames, judge_portrait,
+    learn_photo_score, mouth_fit, photo_score, room_around,
 )
 from myspinbot.mesh import ibug
 from myspinbot.rig import Rig

@@ -17,7 +17,7 @@ with Client() as c:
 """
 
 
-def test_a_worker_that_connects_loads_nothing_that_only_a_running_notebook_needs(tmp_path: Path, redis_url: str, postgres_url: str):
+def test_a_connected_worker_loads_nothing_that_only_a_running_notebook_needs(tmp_path: Path, redis_url: str, postgres_url: str):
     env = os.environ | dict(SPIN_HOME=str(tmp_path), SPIN_REDIS_URL=redis_url, SPIN_POSTGRES_URL=postgres_url)
     done = subprocess.run([sys.executable, "-c", CONNECT], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -402,7 +402,8 @@ def plot_speech(
     from matplotlib.figure import Figure
     x, rate = read_wav(wav)
     a, b = seconds or (0.0, min(6.0, phonemes["duration_s"]))
-    fig = Figure(figsize=(9, 2.2), layout="constrained")
+    fig = Figure(figsize=(9, 2.2))
+    fig.subplots_adjust(left=0.02, right=0.98, bottom=0.2, top=0.98)  # a layout that is computed would draw everything twice
     ax = fig.add_subplot()
     step = max(rate // 2000, 1)
     part = x[int(a * rate):int(b * rate)]

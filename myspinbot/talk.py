@@ -264,7 +264,8 @@ def plot_track(
     level = np.concatenate([np.abs(b[0]).astype(np.float32) for b, _ in wav_blocks(audio, 512)])
     total = len(track) / track.fps
     end, bins = min(seconds, total), np.array_split(level, max(1, round(total * 100)))
-    fig = Figure(figsize=(9, 3.4), layout="constrained")
+    fig = Figure(figsize=(9, 3.4))
+    fig.subplots_adjust(left=0.05, right=0.9, bottom=0.13, top=0.98, hspace=0.08)
     top, low = fig.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     loud = np.array([b.max(initial=0) for b in bins]) / 32768
     top.fill_between(np.arange(len(bins)) / 100, loud, color="0.85", lw=0)

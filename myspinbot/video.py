@@ -343,7 +343,8 @@ def plot_check(
     from matplotlib.figure import Figure
     p = report.picture
     t = np.arange(len(p.light)) / p.fps
-    fig = Figure(figsize=(width, 6.2), layout="constrained")
+    fig = Figure(figsize=(width, 6.2))
+    fig.subplots_adjust(left=0.06, right=0.99, bottom=0.08, top=0.95, hspace=0.2)
     lips, sound, change = fig.subplots(3, 1, sharex=True, height_ratios=(2.2, 1, 1))
     measured = _mouth(p)[0]
     lips.plot(t, measured / max(float(measured.max()), 1e-6), color="#d1495b", label="measured on the video")

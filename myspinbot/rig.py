@@ -277,13 +277,13 @@ class Rig:
         self._lip_box = a[0], a[1], b[0], b[1]  # inside the mouth's box
 
     def _head(self) -> None:
-        "Where the head is, and how much of its sway each pixel follows."
+        "Where the head is, and how much of its sway each pixel follows: the chin all of it, where the jaw drops it, too."
         p, n = self.lips.p, self.size
         mm = self.axes.local(pixel_grid((0, 0, n, n)))
         eyes, chin = p[36:48, 1].mean(), p[8, 1]
         dx, dy = mm[..., 0] - (p[0, 0] + p[16, 0]) / 2, mm[..., 1] - (1.1 * eyes - 0.1 * chin)
         low = np.clip(dy / (chin - eyes), 0, 1)  # narrower towards the neck, where a collar may be near
-        r = np.hypot(dx / (0.65 - 0.20 * low) / (p[16, 0] - p[0, 0]), dy / np.where(dy < 0, 1.15, 1.08) / (chin - eyes))
+        r = np.hypot(dx / (0.65 - 0.20 * low) / (p[16, 0] - p[0, 0]), dy / np.where(dy < 0, 1.15, 1.17) / (chin - eyes))
         i = np.arange(n)
         border = smooth_step(np.minimum(i, n - 1 - i), 0, 0.06 * n)
         w = (1 - smooth_step(r, 1.0, 1.45 - 0.12 * low)) * border[:, None] * border

@@ -1812,6 +1812,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'myspinbot.visemes._lips': ('visemes.html#_lips', 'myspinbot/visemes.py'),
                                    'myspinbot.visemes._number': ('visemes.html#_number', 'myspinbot/visemes.py'),
                                    'myspinbot.visemes._phrases': ('visemes.html#_phrases', 'myspinbot/visemes.py'),
+                                   'myspinbot.visemes._relaxed': ('visemes.html#_relaxed', 'myspinbot/visemes.py'),
                                    'myspinbot.visemes._shape': ('visemes.html#_shape', 'myspinbot/visemes.py'),
                                    'myspinbot.visemes._smoothed': ('visemes.html#_smoothed', 'myspinbot/visemes.py'),
                                    'myspinbot.visemes._stressed_by_length': ('visemes.html#_stressed_by_length', 'myspinbot/visemes.py'),

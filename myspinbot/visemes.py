@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from .core import InputError
-from .head import head_motion
+from .head import glide, head_motion
 
 # %% ../nbs/33_visemes.ipynb #a66b0e3f
 TRACKS = (
-    "jaw", "upper", "lower", "wide", "round", "press", "tuck", "tongue", "blink", "brow", "dx", "dy", "roll", "zoom")
+    "jaw", "upper", "lower", "wide", "round", "press", "tuck", "relax", "tongue", "blink", "brow", "dx", "dy", "roll", "zoom")
 _SHAPES = ("jaw", "upper", "lower", "wide", "round", "tongue")  # blended by dominance; press and tuck are set on top
 
 def _shape(jaw: float, upper: float = 0, lower: float = 0, wide: float = 0, round: float = 0, tongue: float = 0,
@@ -189,14 +189,20 @@ def _accents(sounds: list[Sound]) -> list[tuple[float, float]]:
         elif strength > out[-1][1]: out[-1] = at, strength
     return out
 
-def _phrases(sounds: list[Sound]) -> list[tuple[float, float]]:
-    "When stretches of speech begin and end, between silences that are heard."
+def _phrases(sounds: list[Sound], least: float = 0.12) -> list[tuple[float, float]]:
+    "When stretches of speech begin and end, between silences of at least so many seconds."
     out: list[tuple[float, float]] = []
     for s in sounds:
         if not s.symbol: continue
-        if out and s.start - out[-1][1] < 0.12: out[-1] = out[-1][0], s.end
+        if out and s.start - out[-1][1] < least: out[-1] = out[-1][0], s.end
         else: out.append((s.start, s.end))
     return out
+
+def _relaxed(sounds: list[Sound], at: np.ndarray) -> np.ndarray:
+    "How far a smile gives way, 0..1: nearly all the way in speech, not at all in a longer pause."
+    out = np.zeros(len(at))
+    for start, end in _phrases(sounds, 0.45): out += glide(at, start - 0.25, 0.45) - glide(at, end + 0.05, 0.6)
+    return np.clip(0.9 * out, 0, 1)
 
 @dataclass(frozen=True)
 class Track:
@@ -236,6 +242,7 @@ def mouth_track(
     at = (np.arange(frames) + 0.5) / fps
     v = {k: np.interp(at + _LEAD, np.arange(len(x)) / _RATE, x) for k, x in shapes.items()}
     pauses = [(s.start + s.end) / 2 for s in sounds if not s.symbol and s.end - s.start > 0.12]
+    v["relax"] = _relaxed(sounds, at) * (1 - 0.6 * v["round"])  # round lips have no smile left
     v["blink"] = _blinks(rng, frames, fps, pauses)
     v |= {k: motion * o for k, o in head_motion(_accents(sounds), _phrases(sounds), fps, frames, seed).items()}
     return Track(fps, np.stack([v[k] for k in TRACKS], 1).astype(np.float32))

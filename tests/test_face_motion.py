@@ -1,9 +1,14 @@
-"""How head and face move beside the lips: nods with the prosody."""
+"""How head and face move beside the lips: nods with the prosody, a smile that relaxes."""
 from pathlib import Path
 
 import numpy as np
+import portraits
 import pytest
 
+from myspinbot.face import Portrait, prepare_portrait
+from myspinbot.lips import MOUTH
+from myspinbot.mesh import place_mesh, square_around
+from myspinbot.rig import Rig
 from myspinbot.speech import speak
 from myspinbot.visemes import Track, mouth_track, read_sounds
 
@@ -16,6 +21,14 @@ VOWELS = "iyɨʉɪʏᵻeøɛœæaäɑɐʌɶəɘɜɝɚɞɵɒɔoɤʊɯu"
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict:
     path: Path = tmp_path_factory.mktemp("said") / "speech.wav"
     return speak(TEXT, path)
+
+
+@pytest.fixture(scope="module")
+def smiling() -> Portrait: return prepare_portrait(portraits.astronaut(), size=512)
+
+
+@pytest.fixture(scope="module")
+def rig(smiling: Portrait) -> Rig: return Rig.from_portrait(smiling.image, smiling.landmarks)
 
 
 def whole(said: dict, **more: float) -> Track:
@@ -56,3 +69,34 @@ def test_without_motion_head_and_brows_are_still_and_seeds_differ(said: dict):
         assert np.array_equal(one[k], whole(said, seed=1)[k]), k
     for track in (one, other, whole(said, seed=3)):
         for k in ("dx", "dy", "roll"): assert np.abs(np.diff(track[k], 2)).max() < 0.25, k
+
+
+def lips_of(rig: Rig, portrait: Portrait, **controls: float) -> np.ndarray:
+    "Corners, and the middle of upper and lower inner lip, in mm of the face."
+    found = place_mesh(rig.frame(controls), *square_around(portrait.landmarks.array), looks=2).points
+    return rig.axes.local(found[[61, 291, 13, 14]])
+
+
+def test_a_smile_relaxes_in_speech_and_comes_back_in_pauses(rig: Rig, smiling: Portrait):
+    rest, relaxed = lips_of(rig, smiling), lips_of(rig, smiling, relax=1)
+    bow, flat = (o[2:, 1].mean() - o[:2, 1] for o in (rest, relaxed))  # how far the corners stand above the middle
+    assert (flat < bow - 0.5).all(), (bow, flat)
+    assert np.ptp(relaxed[2:, 1]) < np.ptp(rest[2:, 1]) + 0.3  # the lips stay shut
+    rows = [("_", 0.0, 1.0), ("m", 1.0, 1.2), ("a", 1.2, 1.6), ("_", 1.6, 3.4), ("m", 3.4, 3.6), ("a", 3.6, 4.0), ("_", 4.0, 5.0)]
+    track = mouth_track({"phonemes": [dict(phoneme=p, start_s=a, end_s=b) for p, a, b in rows]}, 25, 125)
+    relax = track["relax"]
+    assert relax[:12].max() == relax[62:75].max() == relax[120:].max() == 0
+    assert relax[32:39].min() > 0.8 and relax[92:99].min() > 0.8
+    assert np.abs(np.diff(relax)).max() < 0.2
+
+
+def test_a_relaxing_smile_does_not_tear_the_mouth(rig: Rig):
+    fields, x0, y0 = rig.fields, *rig.fields.box[:2]
+    for controls in (dict(relax=1.0), dict(relax=1.0, press=1.0), dict(relax=1.0, jaw=0.6)):
+        w = np.array([1.0, *(controls.get(k, 0.0) for k in MOUTH)])
+        for field in (fields.upper, fields.lower):
+            down = np.gradient(np.tensordot(w, field, 1)[..., 1], fields.step, axis=0)
+            assert down.min() > -1, controls  # skin never passes other skin
+    x, y = (rig.axes.image(np.array([(rig.lips.centre, 0.0)]))[0] - (x0, y0)).astype(int) // fields.step
+    one = MOUTH.index("relax") + 1
+    assert np.abs(fields.upper[one, y - 6:y + 6, x - 6:x + 6] - fields.lower[one, y - 6:y + 6, x - 6:x + 6]).max() < 0.5

@@ -16,6 +16,7 @@ from .core import InputError
 from .lips import JAW_MM, MOUTH, Lips, MouthFields, pixel_grid, smooth_step, smooth_curve
 from .matte import UNSURE, find_matte, lifted
 from .mesh import ibug
+from .skin import add_cheeks, find_folds
 
 # %% ../nbs/33_rig.ipynb #f5f7b07e
 def _tint(colour: np.ndarray, level: float, chroma: float) -> np.ndarray:
@@ -233,6 +234,8 @@ class Rig:
         self.lips = lips = Lips(self.image, self.points)
         self.axes = lips.axes
         self.fields = MouthFields(lips, n, self.step)
+        add_cheeks(self.fields, lips)
+        self.folds = find_folds(lips, self.fields.box)
         self.eyes = [Eye(self.image, lips, self.points[i:i + 6], self.points[b:b + 5]) for i, b in ((36, 17), (42, 22))]
         self.inside = Inside(self.image, self.fields.box, lips, self.fields.move.rest)
         self._behind(np.asarray(points, float))
@@ -374,7 +377,8 @@ class Pose:
         up, low = (_from((w @ f.reshape(len(w), -1)).reshape(coarse.shape), coarse, box, step)
                    for f in (rig.fields.upper, rig.fields.lower))
         x0, y0, x1, y1 = box
-        out[y0:y1, x0:x1] = self.pixels(q + _finer(low + rig._above * (up - low), step))
+        skin = q + _finer(low + rig._above * (up - low), step)
+        out[y0:y1, x0:x1] = self.pixels(skin)
         a, b, c, d = rig._lip_box
         cell = slice(b // step, (d - 1) // step + 1), slice(a // step, (c - 1) // step + 1)
         q = np.ascontiguousarray(q[b:d, a:c])
@@ -384,6 +388,18 @@ class Pose:
         colour += below * (self.pixels(low) - colour)
         colour += over * (self.pixels(up) - colour)
         out[y0 + b:y0 + d, x0 + a:x0 + c] = np.clip(colour + 0.5, 0, 255).astype(np.uint8)
+        self.fold(out, skin)
+
+    def fold(self, out: np.ndarray, skin: np.ndarray) -> None:
+        "Darken the folds beside the nose, or lighten them; `skin`: where each pixel of the lower face comes from."
+        depth = 0.13 * self.v["wide"] - 0.05 * self.v["round"]
+        if abs(depth) < 0.004: return
+        left, top = self.rig.fields.box[:2]
+        for box, deep in self.rig.folds:
+            x0, y0, x1, y1 = box
+            at = np.ascontiguousarray(skin[y0 - top:y1 - top, x0 - left:x1 - left])
+            shade = 1 - np.float32(depth) * _shifted(deep, at, box)[..., None]
+            out[y0:y1, x0:x1] = np.clip(out[y0:y1, x0:x1] * shade + 0.5, 0, 255).astype(np.uint8)
 
     def inside(self, q: np.ndarray, over: np.ndarray, below: np.ndarray) -> np.ndarray:
         "What is seen between the lips, shaded by them."

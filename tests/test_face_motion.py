@@ -1,6 +1,7 @@
 """How head and face move beside the lips: nods with the prosody, a smile that relaxes."""
 from pathlib import Path
 
+import cv2
 import numpy as np
 import portraits
 import pytest
@@ -100,3 +101,35 @@ def test_a_relaxing_smile_does_not_tear_the_mouth(rig: Rig):
     x, y = (rig.axes.image(np.array([(rig.lips.centre, 0.0)]))[0] - (x0, y0)).astype(int) // fields.step
     one = MOUTH.index("relax") + 1
     assert np.abs(fields.upper[one, y - 6:y + 6, x - 6:x + 6] - fields.lower[one, y - 6:y + 6, x - 6:x + 6]).max() < 0.5
+
+
+def moved(rig: Rig, place: tuple[float, float], half: float = 6.0, base: dict | None = None, **controls: float) -> np.ndarray:
+    "How far the skin around a place of the face moves, in mm right and down, as its pixels show."
+    (x0, y0), (x1, y1) = np.sort(rig.axes.image(np.array([place]) + [(-half, -half), (half, half)]).astype(int), axis=0)
+    before, after = (cv2.cvtColor(rig.frame({**(base or {}), **c}), cv2.COLOR_RGB2GRAY) for c in ({}, controls))
+    flow = cv2.calcOpticalFlowFarneback(before, after, None, 0.5, 4, 21, 5, 7, 1.5, 0)
+    return np.median(flow[y0:y1, x0:x1].reshape(-1, 2), axis=0) / rig.axes.mm
+
+
+SIDES = ((48, 31, 2, 41, -1), (54, 35, 14, 46, 1))  # corner of the mouth, nostril, jaw line, lower lid; left or right
+
+
+def test_cheeks_follow_the_mouth(rig: Rig):
+    p = rig.lips.p
+    for corner, nostril, jaw, lid, _ in SIDES:
+        apple = 0.65 * p[corner, 0] + 0.35 * p[jaw, 0], 0.6 * p[nostril, 1] + 0.4 * p[lid, 1]
+        assert moved(rig, apple, wide=1)[1] < -0.7
+        assert moved(rig, apple, round=1)[1] > 0.2
+
+
+def test_folds_deepen_with_a_wide_mouth_and_flatten_with_a_round_one(rig: Rig, smiling: Portrait):
+    p, image = rig.lips.p, smiling.image.copy()
+    folds = [(p[nostril] + p[corner]) / 2 + (7.5 * side, -0.5) for corner, nostril, _, _, side in SIDES]
+    for fold in folds:  # skin without any fold
+        (x0, y0), (x1, y1) = np.sort(rig.axes.image(fold + np.array([(-9.0, -11), (9, 11)])).astype(int), axis=0)
+        image[y0:y1, x0:x1] = 190, 150, 130
+    flat = Rig.from_portrait(image, smiling.landmarks)
+    for fold in folds:
+        (x0, y0), (x1, y1) = np.sort(rig.axes.image(fold + np.array([(-4.0, -2), (4, 2)])).astype(int), axis=0)
+        rest, wide, pursed = (flat.frame({k: 1.0} if k else {})[y0:y1, x0:x1].mean(-1) for k in ("", "wide", "round"))
+        assert np.ptp(rest) < 2 and wide.min() < 0.94 * rest.min() and pursed.max() > 1.02 * rest.max()

@@ -16,7 +16,7 @@ from .core import InputError
 from .lips import JAW_MM, MOUTH, Lips, MouthFields, pixel_grid, smooth_step, smooth_curve
 from .matte import UNSURE, find_matte, lifted
 from .mesh import ibug
-from .skin import add_cheeks, find_folds
+from .skin import Chin, add_cheeks, end_jaw, find_folds
 
 # %% ../nbs/33_rig.ipynb #f5f7b07e
 def _tint(colour: np.ndarray, level: float, chroma: float) -> np.ndarray:
@@ -235,6 +235,7 @@ class Rig:
         self.axes = lips.axes
         self.fields = MouthFields(lips, n, self.step)
         add_cheeks(self.fields, lips)
+        end_jaw(self.fields, Chin(self.image, lips))
         self.folds = find_folds(lips, self.fields.box)
         self.eyes = [Eye(self.image, lips, self.points[i:i + 6], self.points[b:b + 5]) for i, b in ((36, 17), (42, 22))]
         self.inside = Inside(self.image, self.fields.box, lips, self.fields.move.rest)

@@ -7,8 +7,8 @@ import portraits
 import pytest
 
 from myspinbot.face import Portrait, prepare_portrait
-from myspinbot.lips import MOUTH
-from myspinbot.mesh import place_mesh, square_around
+from myspinbot.lips import MOUTH, Axes
+from myspinbot.mesh import ibug, place_mesh, square_around
 from myspinbot.rig import Rig
 from myspinbot.speech import speak
 from myspinbot.visemes import Track, mouth_track, read_sounds
@@ -133,3 +133,32 @@ def test_folds_deepen_with_a_wide_mouth_and_flatten_with_a_round_one(rig: Rig, s
         (x0, y0), (x1, y1) = np.sort(rig.axes.image(fold + np.array([(-4.0, -2), (4, 2)])).astype(int), axis=0)
         rest, wide, pursed = (flat.frame({k: 1.0} if k else {})[y0:y1, x0:x1].mean(-1) for k in ("", "wide", "round"))
         assert np.ptp(rest) < 2 and wide.min() < 0.94 * rest.min() and pursed.max() > 1.02 * rest.max()
+
+
+def below(rig: Rig, mm: float) -> tuple[float, float]:
+    "The place so far below the chin."
+    return rig.lips.p[8, 0], rig.lips.p[8, 1] + mm
+
+
+def test_a_beard_moves_as_one_piece_with_the_chin(smiling: Portrait):
+    p = ibug(smiling.landmarks.array).copy()
+    p[2:15, 1] += 12 * Axes.of(p).mm * np.cos(np.linspace(-1.4, 1.4, 13))  # it hangs 12 mm below the chin
+    bearded = Rig.from_portrait(portraits.beard(smiling.image, p), smiling.landmarks)
+    chin, tip = (moved(bearded, below(bearded, mm), half=4, jaw=0.6) for mm in (-8.0, 7.0))
+    assert chin[1] > 4 and np.abs(tip - chin).max() < 0.15 * chin[1], (chin, tip)
+    assert np.abs(moved(bearded, below(bearded, 29.0), half=3, jaw=0.6)).max() < 0.25 * chin[1]
+
+
+def test_a_collar_near_the_chin_stays(smiling: Portrait):
+    p, axes = ibug(smiling.landmarks.array), Axes.of(ibug(smiling.landmarks.array))
+    q, image = axes.local(p), smiling.image.copy()
+    x, y = np.moveaxis(axes.local(np.stack(np.meshgrid(np.arange(512), np.arange(512)), -1)), -1, 0)
+    edge = np.interp(x, q[3:14, 0], q[3:14, 1]) + 13  # a knitted collar, 13 mm below the outline of the chin
+    collar = (y > edge) & (np.abs(x - q[8, 0]) < 45)
+    knit = np.float32((70, 90, 150)) + 30 * np.sin(2.0 * x + 2.0 * y)[..., None]
+    image[collar] = knit[collar].clip(0, 255)
+    rig = Rig.from_portrait(image, smiling.landmarks)
+    seen = (y > edge + 1.5) & (y < edge + 8) & (np.abs(x - q[8, 0]) < 12)
+    change = np.abs(rig.frame(jaw=0.7).astype(int) - rig.frame().astype(int))[seen]
+    assert seen.sum() > 100 and change.mean() < 1, change.mean()
+    assert moved(rig, below(rig, -8.0), half=4, jaw=0.7)[1] > 5  # while the chin drops

@@ -16,7 +16,7 @@ from .core import InputError
 from .lips import JAW_MM, MOUTH, Lips, MouthFields, pixel_grid, smooth_step, smooth_curve
 from .matte import UNSURE, find_matte, lifted
 from .mesh import ibug
-from .skin import Chin, add_cheeks, end_jaw, find_folds
+from .skin import Chin, add_cheeks, end_jaw, find_folds, hold_glasses, wears_glasses
 
 # %% ../nbs/33_rig.ipynb #f5f7b07e
 def _tint(colour: np.ndarray, level: float, chroma: float) -> np.ndarray:
@@ -234,10 +234,12 @@ class Rig:
         self.lips = lips = Lips(self.image, self.points)
         self.axes = lips.axes
         self.fields = MouthFields(lips, n, self.step)
-        add_cheeks(self.fields, lips)
+        glasses = wears_glasses(self.image, lips)
+        add_cheeks(self.fields, lips, glasses)
         end_jaw(self.fields, Chin(self.image, lips))
         self.folds = find_folds(lips, self.fields.box)
         self.eyes = [Eye(self.image, lips, self.points[i:i + 6], self.points[b:b + 5]) for i, b in ((36, 17), (42, 22))]
+        if glasses: hold_glasses(self.eyes)
         self.inside = Inside(self.image, self.fields.box, lips, self.fields.move.rest)
         self._behind(np.asarray(points, float))
         self._double = cv2.resize(self.image, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)

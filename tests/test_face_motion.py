@@ -162,3 +162,32 @@ def test_a_collar_near_the_chin_stays(smiling: Portrait):
     change = np.abs(rig.frame(jaw=0.7).astype(int) - rig.frame().astype(int))[seen]
     assert seen.sum() > 100 and change.mean() < 1, change.mean()
     assert moved(rig, below(rig, -8.0), half=4, jaw=0.7)[1] > 5  # while the chin drops
+
+
+def frame_moves(rig: Rig, frame: np.ndarray, **controls: float) -> float:
+    "Mean change of a frame's pixels, in grey levels."
+    return float(np.abs(rig.frame(controls).astype(int) - rig.frame().astype(int))[frame].mean())
+
+
+def test_glasses_stay_rigid(smiling: Portrait):
+    p = ibug(smiling.landmarks.array)
+    image = portraits.glasses(smiling.image, p)
+    drawn = np.abs(image.astype(int) - smiling.image).max(-1) > 60
+    middle = p[36:48, 1].mean()
+    frame = drawn & (np.arange(512)[:, None] < middle - 3)  # its upper half, clear of the lids
+    assert frame.sum() > 200
+    rig = Rig.from_portrait(image, smiling.landmarks)
+    for controls in (dict(brow=1.0), dict(brow=1.0, blink=1.0), dict(wide=1.0)):
+        assert frame_moves(rig, frame, **controls) < 2, controls
+    low = drawn & (np.arange(512)[:, None] > middle + 3)
+    assert frame_moves(rig, low, wide=1.0, brow=1.0) < 4
+
+
+@pytest.mark.parametrize("name", [n for n in portraits.VARIANTS if n not in ("upside_down", "wide_4000")])
+def test_glasses_are_seen_where_there_are_some_and_brows_move_elsewhere(name: str):
+    portrait = prepare_portrait(portraits.VARIANTS[name](), size=256)
+    rig = Rig.from_portrait(portrait.image, portrait.landmarks)
+    p = rig.lips.p
+    brow = rig.axes.image(p[[19, 24]]).round().astype(int)
+    change = max(np.abs(rig.frame(brow=1).astype(int) - rig.frame().astype(int))[y - 3:y + 4, x - 3:x + 4].mean() for x, y in brow)
+    assert (change < 0.5) == (name in ("glasses", "hopper", "hopper_dark_turned")), change

@@ -53,7 +53,7 @@ def find_folds(
         here = int(low[0]), int(low[1]), int(high[0]), int(high[1])
         away = np.linalg.norm(lips.axes.local(pixel_grid(here))[:, :, None] - line, axis=-1)
         along = u[away.argmin(-1), 0]
-        deep = np.exp(-((away.min(-1) / 2.2) ** 2)) * smooth_step(along, 0, 0.3) * (1 - smooth_step(along, 0.6, 1.0))
+        deep = np.exp(-((away.min(-1) / 3.0) ** 2)) * smooth_step(along, 0, 0.3) * (1 - smooth_step(along, 0.6, 1.0))
         out.append((here, deep.astype(np.float32)))
     return out
 

@@ -106,7 +106,7 @@ def _stressed_by_length(sounds: list[Sound]) -> list[Sound]:
 
 # %% ../nbs/33_visemes.ipynb #473ff0d2
 _RATE = 100  # values a second while blending
-_LEAD = 0.015  # seconds: a mouth is where a sound needs it just before the sound is heard
+_LEAD = 0.0075  # seconds that a mouth is ahead of its sound
 
 def _blend(sounds: list[Sound], seconds: float) -> np.ndarray:
     "Shape targets weighted by dominance (Cohen and Massaro 1993), (samples, shapes)."
@@ -148,7 +148,7 @@ def _smoothed(x: np.ndarray, sigma: float) -> np.ndarray:
 
 def _lips(sounds: list[Sound], seconds: float) -> dict[str, np.ndarray]:
     "The mouth's controls at `_RATE`."
-    v = dict(zip(_SHAPES, _smoothed(_blend(sounds, seconds), 1.8).T))
+    v = dict(zip(_SHAPES, _smoothed(_blend(sounds, seconds), 2.0).T))
     shut, tuck = _bumps(sounds, _LIPS_SHUT, seconds, 0.05), _bumps(sounds, _LIP_ON_TEETH, seconds, 0.06)
     tuck = tuck * (1 - shut)
     slow = _smoothed(np.maximum(shut, tuck), 3.0)  # the jaw is heavier than the lips

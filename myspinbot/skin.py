@@ -95,6 +95,7 @@ class Chin:
         "The colour of skin that a beard leaves free: below the eyes."
         at = self.axes.image(np.array([0.5 * (p[lid] + p[nostril]) for _, _, nostril, _, lid in _SIDES])).round().astype(int)
         r = max(1, round(2 * self.axes.mm))
+        at = np.clip(at, r, image.shape[0] - 1 - r)
         return np.median(np.concatenate([image[y - r:y + r + 1, x - r:x + r + 1].reshape(-1, 3) for x, y in at]), axis=0)
 
     def _found(self) -> tuple[np.ndarray, np.ndarray]:
@@ -124,7 +125,7 @@ def end_jaw(
     import cv2
     angle, outside = chin.polar(fields.mm)
     ends = np.r_[_ANGLES[0] - 0.2, _ANGLES, _ANGLES[-1] + 0.2]
-    free, beard = np.interp(angle, _ANGLES, chin.free), np.interp(angle, ends, np.r_[0, chin.beard, 0])
+    free, beard = np.interp(angle, ends, np.r_[31, chin.free, 31]), np.interp(angle, ends, np.r_[0, chin.beard, 0])
     stops = (outside > 0) * (1 - smooth_step(free, 18, 22))
     left = np.clip(1 - outside / np.maximum(free, _NEAR), 0, 1)
     hangs = (outside > 0) * smooth_step(beard, 0, 4)

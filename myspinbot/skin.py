@@ -59,7 +59,7 @@ def find_folds(
 
 # %% ../nbs/33_skin.ipynb #d6c0d532
 _ANGLES = np.radians(np.arange(-60, 61, 10))  # directions from the nose, 0 straight down, in which to look below the chin
-_NEAR = 11.0  # mm: skin that is shorter than this cannot give way to an open jaw
+_NEAR = 13.0  # mm: less skin than the jaw's whole way cannot give way to it
 
 class Chin:
     "The outline of a chin in polar coordinates around the base of the nose, and what follows outside of it."
@@ -126,7 +126,7 @@ def end_jaw(
     angle, outside = chin.polar(fields.mm)
     ends = np.r_[_ANGLES[0] - 0.2, _ANGLES, _ANGLES[-1] + 0.2]
     free, beard = np.interp(angle, ends, np.r_[31, chin.free, 31]), np.interp(angle, ends, np.r_[0, chin.beard, 0])
-    stops = (outside > 0) * (1 - smooth_step(free, 18, 22))
+    stops = (outside > 0) * smooth_step(free, 4, 9) * (1 - smooth_step(free, 18, 22))
     left = np.clip(1 - outside / np.maximum(free, _NEAR), 0, 1)
     hangs = (outside > 0) * smooth_step(beard, 0, 4)
     carried = 1 - smooth_step(outside, beard, beard + 17)

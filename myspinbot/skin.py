@@ -125,7 +125,7 @@ def end_jaw(
     import cv2
     angle, outside = chin.polar(fields.mm)
     ends = np.r_[_ANGLES[0] - 0.2, _ANGLES, _ANGLES[-1] + 0.2]
-    free, beard = np.interp(angle, ends, np.r_[31, chin.free, 31]), np.interp(angle, ends, np.r_[0, chin.beard, 0])
+    free, beard = np.interp(angle, _ANGLES, chin.free), np.interp(angle, ends, np.r_[0, chin.beard, 0])
     stops = (outside > 0) * smooth_step(free, 4, 9) * (1 - smooth_step(free, 18, 22))
     left = np.clip(1 - outside / np.maximum(free, _NEAR), 0, 1)
     hangs = (outside > 0) * smooth_step(beard, 0, 4)

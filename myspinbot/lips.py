@@ -136,7 +136,7 @@ class Lips:
         return near * smooth_step(-light, -0.72 * np.median(light[lip]), -0.5 * np.median(light[lip]))
 
 # %% ../nbs/33_lips.ipynb #b8dbedae
-MOUTH = ("jaw", "upper", "lower", "wide", "round", "press", "tuck")  # mouth controls, each 0..1
+MOUTH = ("jaw", "upper", "lower", "wide", "round", "press", "tuck", "relax")  # mouth controls, each 0..1
 JAW_MM = 13.0  # how far jaw=1 drops the lower lip
 
 class Movements:
@@ -148,13 +148,14 @@ class Movements:
         line = lips.upper + self.meet * lips.gap
         self.curve = max(float(line[32] - (line[0] + line[-1]) / 2), 0.0)  # a smile's
         self.narrow = min(0.5 * max(2 * lips.half - 49, 0), 5) / lips.half if lips.parted and middle > 2 else 0.0
+        self.smile = max(self.curve - 1.0, 0.0)  # mm that its corners stand above those of a serious mouth
         self.rest = line
 
     def lip(self,
         x: np.ndarray,   # mm
         upper: bool,     # of the upper lip?
         inner: bool,     # on its inner edge?
-    ) -> np.ndarray:     # (len(x), 8, 2)
+    ) -> np.ndarray:     # (len(x), 9, 2)
         "Movement of points on one lip edge."
         lips, d = self.lips, np.zeros((len(x), 1 + len(MOUTH), 2))
         t = (x - lips.centre) / lips.half
@@ -162,7 +163,7 @@ class Movements:
         arch = np.clip(1 - (t / span) ** 2, 0, 1)
         oval, side = arch ** 0.5, 1 - arch
         s, gap = t * lips.half, np.interp(x, lips.x, lips.gap)
-        close, jaw, raised, lowered, wide, round_, press, tuck = d.transpose(1, 2, 0)
+        close, jaw, raised, lowered, wide, round_, press, tuck, relax = d.transpose(1, 2, 0)
         close[0] = -self.narrow * s
         close[1] = (self.meet if upper else self.meet - 1) * gap * (1 if inner else 0.72 if upper else 0.6)
         if inner and lips.parted: close[1] += (0.2 if upper else -0.2) * np.clip(gap, 0, 1)
@@ -178,6 +179,7 @@ class Movements:
         press[1] = (0.8 if upper else -1.0) * (0.35 + 0.65 * oval) if inner else (0.9 if upper else -0.5) * arch
         tuck[0] = 0 if upper else -0.03 * s
         tuck[1] = (-2.6 if inner else -1.9) * arch if upper else (-0.9 if inner else -1.2) * oval
+        relax[1] = 0.4 * self.smile * side
         return d
 
 # %% ../nbs/33_lips.ipynb #c75cc53b
@@ -228,7 +230,7 @@ def _face_anchors(move: Movements) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 # %% ../nbs/33_lips.ipynb #e066f474
 class MouthFields:
-    "Displacement, in pixels, of the upper- and the lower-lip layer on a coarse grid: (8, rows, columns, 2) each."
+    "Displacement, in pixels, of the upper- and the lower-lip layer on a coarse grid: (9, rows, columns, 2) each."
     def __init__(self,
         lips: Lips,
         size: int,  # of the portrait

@@ -16,6 +16,7 @@ from .core import InputError
 from .lips import JAW_MM, MOUTH, Lips, MouthFields, pixel_grid, smooth_step, smooth_curve
 from .matte import UNSURE, find_matte, lifted
 from .mesh import ibug
+from .skin import Chin, add_cheeks, end_jaw, find_folds, hold_glasses, wears_glasses
 
 # %% ../nbs/33_rig.ipynb #f5f7b07e
 def _tint(colour: np.ndarray, level: float, chroma: float) -> np.ndarray:
@@ -233,7 +234,12 @@ class Rig:
         self.lips = lips = Lips(self.image, self.points)
         self.axes = lips.axes
         self.fields = MouthFields(lips, n, self.step)
+        glasses = wears_glasses(self.image, lips)
+        add_cheeks(self.fields, lips, glasses)
+        end_jaw(self.fields, Chin(self.image, lips))
+        self.folds = find_folds(lips, self.fields.box)
         self.eyes = [Eye(self.image, lips, self.points[i:i + 6], self.points[b:b + 5]) for i, b in ((36, 17), (42, 22))]
+        if glasses: hold_glasses(self.eyes)
         self.inside = Inside(self.image, self.fields.box, lips, self.fields.move.rest)
         self._behind(np.asarray(points, float))
         self._double = cv2.resize(self.image, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
@@ -277,13 +283,13 @@ class Rig:
         self._lip_box = a[0], a[1], b[0], b[1]  # inside the mouth's box
 
     def _head(self) -> None:
-        "Where the head is, and how much of its sway each pixel follows."
+        "Where the head is, and how much of its sway each pixel follows: the chin all of it, where the jaw drops it, too."
         p, n = self.lips.p, self.size
         mm = self.axes.local(pixel_grid((0, 0, n, n)))
         eyes, chin = p[36:48, 1].mean(), p[8, 1]
         dx, dy = mm[..., 0] - (p[0, 0] + p[16, 0]) / 2, mm[..., 1] - (1.1 * eyes - 0.1 * chin)
         low = np.clip(dy / (chin - eyes), 0, 1)  # narrower towards the neck, where a collar may be near
-        r = np.hypot(dx / (0.65 - 0.20 * low) / (p[16, 0] - p[0, 0]), dy / np.where(dy < 0, 1.15, 1.08) / (chin - eyes))
+        r = np.hypot(dx / (0.65 - 0.20 * low) / (p[16, 0] - p[0, 0]), dy / np.where(dy < 0, 1.15, 1.17) / (chin - eyes))
         i = np.arange(n)
         border = smooth_step(np.minimum(i, n - 1 - i), 0, 0.06 * n)
         w = (1 - smooth_step(r, 1.0, 1.45 - 0.12 * low)) * border[:, None] * border
@@ -319,6 +325,8 @@ def _from(field: np.ndarray, q: np.ndarray, box: tuple[int, ...], step: int, rou
         moved = cv2.remap(field, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
         if i < rounds - 1: at = cv2.scaleAdd(moved, -1 / step, here)
     return -moved
+
+_RUDDY = np.array((0.7, 1.05, 1.1), np.float32)  # skin in shadow is redder, never grey
 
 def _finer(a: np.ndarray, step: int) -> np.ndarray:
     "From every `step`-th pixel to every pixel."
@@ -374,7 +382,8 @@ class Pose:
         up, low = (_from((w @ f.reshape(len(w), -1)).reshape(coarse.shape), coarse, box, step)
                    for f in (rig.fields.upper, rig.fields.lower))
         x0, y0, x1, y1 = box
-        out[y0:y1, x0:x1] = self.pixels(q + _finer(low + rig._above * (up - low), step))
+        skin = q + _finer(low + rig._above * (up - low), step)
+        out[y0:y1, x0:x1] = self.pixels(skin)
         a, b, c, d = rig._lip_box
         cell = slice(b // step, (d - 1) // step + 1), slice(a // step, (c - 1) // step + 1)
         q = np.ascontiguousarray(q[b:d, a:c])
@@ -384,6 +393,18 @@ class Pose:
         colour += below * (self.pixels(low) - colour)
         colour += over * (self.pixels(up) - colour)
         out[y0 + b:y0 + d, x0 + a:x0 + c] = np.clip(colour + 0.5, 0, 255).astype(np.uint8)
+        self.fold(out, skin)
+
+    def fold(self, out: np.ndarray, skin: np.ndarray) -> None:
+        "Darken the folds beside the nose, or lighten them; `skin`: where each pixel of the lower face comes from."
+        depth = 0.09 * self.v["wide"] - 0.05 * self.v["round"]
+        if abs(depth) < 0.004: return
+        left, top = self.rig.fields.box[:2]
+        for box, deep in self.rig.folds:
+            x0, y0, x1, y1 = box
+            at = np.ascontiguousarray(skin[y0 - top:y1 - top, x0 - left:x1 - left])
+            shade = 1 - np.float32(depth) * _shifted(deep, at, box)[..., None] * _RUDDY
+            out[y0:y1, x0:x1] = np.clip(out[y0:y1, x0:x1] * shade + 0.5, 0, 255).astype(np.uint8)
 
     def inside(self, q: np.ndarray, over: np.ndarray, below: np.ndarray) -> np.ndarray:
         "What is seen between the lips, shaded by them."

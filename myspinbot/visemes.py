@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from .core import InputError
+from .head import glide, head_motion
 
 # %% ../nbs/33_visemes.ipynb #a66b0e3f
 TRACKS = (
-    "jaw", "upper", "lower", "wide", "round", "press", "tuck", "tongue", "blink", "brow", "dx", "dy", "roll", "zoom")
+    "jaw", "upper", "lower", "wide", "round", "press", "tuck", "relax", "tongue", "blink", "brow", "dx", "dy", "roll", "zoom")
 _SHAPES = ("jaw", "upper", "lower", "wide", "round", "tongue")  # blended by dominance; press and tuck are set on top
 
 def _shape(jaw: float, upper: float = 0, lower: float = 0, wide: float = 0, round: float = 0, tongue: float = 0,
@@ -105,6 +106,7 @@ def _stressed_by_length(sounds: list[Sound]) -> list[Sound]:
 
 # %% ../nbs/33_visemes.ipynb #473ff0d2
 _RATE = 100  # values a second while blending
+_LEAD = 0.0075  # seconds that a mouth is ahead of its sound
 
 def _blend(sounds: list[Sound], seconds: float) -> np.ndarray:
     "Shape targets weighted by dominance (Cohen and Massaro 1993), (samples, shapes)."
@@ -146,7 +148,7 @@ def _smoothed(x: np.ndarray, sigma: float) -> np.ndarray:
 
 def _lips(sounds: list[Sound], seconds: float) -> dict[str, np.ndarray]:
     "The mouth's controls at `_RATE`."
-    v = dict(zip(_SHAPES, _smoothed(_blend(sounds, seconds), 1.8).T))
+    v = dict(zip(_SHAPES, _smoothed(_blend(sounds, seconds), 2.0).T))
     shut, tuck = _bumps(sounds, _LIPS_SHUT, seconds, 0.05), _bumps(sounds, _LIP_ON_TEETH, seconds, 0.06)
     tuck = tuck * (1 - shut)
     slow = _smoothed(np.maximum(shut, tuck), 3.0)  # the jaw is heavier than the lips
@@ -170,24 +172,37 @@ def _blinks(rng: np.random.Generator, frames: int, fps: float, pauses: list[floa
         t = when + 0.9 + rng.gamma(3.0, 0.9)
     return out * out * (3 - 2 * out)
 
-def _drift(rng: np.random.Generator, frames: int, fps: float, seconds: float) -> np.ndarray:
-    "Smooth noise that starts at zero, of about unit size."
-    knots = rng.standard_normal(math.ceil(frames / fps / seconds) + 4)
-    knots[:2] = 0
-    t = np.arange(frames) / fps / seconds + 1
-    i = t.astype(int)
-    u = (t - i)[None]
-    w = np.concatenate([(1 - u) ** 3, 3 * u**3 - 6 * u**2 + 4, -3 * u**3 + 3 * u**2 + 3 * u + 1, u**3]) / 6  # B-spline
-    return 1.5 * sum(w[k] * knots[i - 1 + k] for k in range(4))
-
-def _accents(sounds: list[Sound], frames: int, fps: float) -> np.ndarray:
-    "A soft bump on each stressed vowel."
-    out, at = np.zeros(frames), np.arange(frames) / fps
+def _accents(sounds: list[Sound]) -> list[tuple[float, float]]:
+    "When the vowels of stressed syllables begin, and how strongly each is stressed, 0..1; no two at once."
+    found: list[tuple[float, float]] = []
+    end = -1.0
     for s in sounds:
-        if s.symbol in _VOWEL and s.stress > 1.1:
-            a, b = max(0, int((s.start - 0.5) * fps)), min(frames, int((s.end + 0.5) * fps))
-            out[a:b] += np.exp(-0.5 * ((at[a:b] - (s.start + s.end) / 2) / 0.14) ** 2)
-    return np.minimum(out, 1.3)
+        if s.symbol not in _VOWEL: continue
+        strength = float(np.clip((s.stress - 0.95) / 0.2, 0, 1))
+        if found and s.start <= end + 1e-6: found[-1] = found[-1][0], max(found[-1][1], strength)  # a diphthong
+        else: found.append((s.start, strength))
+        end = s.end
+    out: list[tuple[float, float]] = []
+    for at, strength in found:
+        if strength <= 0: continue
+        if not out or at - out[-1][0] >= 0.33: out.append((at, strength))
+        elif strength > out[-1][1]: out[-1] = at, strength
+    return out
+
+def _phrases(sounds: list[Sound], least: float = 0.12) -> list[tuple[float, float]]:
+    "When stretches of speech begin and end, between silences of at least so many seconds."
+    out: list[tuple[float, float]] = []
+    for s in sounds:
+        if not s.symbol: continue
+        if out and s.start - out[-1][1] < least: out[-1] = out[-1][0], s.end
+        else: out.append((s.start, s.end))
+    return out
+
+def _relaxed(sounds: list[Sound], at: np.ndarray) -> np.ndarray:
+    "How far a smile gives way, 0..1: nearly all the way in speech, not at all in a longer pause."
+    out = np.zeros(len(at))
+    for start, end in _phrases(sounds, 0.45): out += glide(at, start - 0.25, 0.45) - glide(at, end + 0.05, 0.6)
+    return np.clip(0.9 * out, 0, 1)
 
 @dataclass(frozen=True)
 class Track:
@@ -225,13 +240,9 @@ def mouth_track(
     sounds, rng = read_sounds(phonemes), np.random.default_rng(seed)
     shapes = _lips(sounds, max(frames / fps + 0.1, sounds[-1].end))
     at = (np.arange(frames) + 0.5) / fps
-    v = {k: np.interp(at, np.arange(len(x)) / _RATE, x) for k, x in shapes.items()}
+    v = {k: np.interp(at + _LEAD, np.arange(len(x)) / _RATE, x) for k, x in shapes.items()}
     pauses = [(s.start + s.end) / 2 for s in sounds if not s.symbol and s.end - s.start > 0.12]
+    v["relax"] = _relaxed(sounds, at) * (1 - 0.6 * v["round"])  # round lips have no smile left
     v["blink"] = _blinks(rng, frames, fps, pauses)
-    accent = _accents(sounds, frames, fps)
-    periods = dict(dx=1.3, dy=1.1, roll=1.5, zoom=1.9, brow=1.2)
-    drift = {k: _drift(rng, frames, fps, s) for k, s in periods.items()}
-    v["brow"] = motion * np.clip(0.25 * drift["brow"] + 0.45 * accent, -0.4, 1)
-    v["dx"], v["dy"] = 1.0 * motion * drift["dx"], motion * (0.5 * drift["dy"] + 0.7 * accent)
-    v["roll"], v["zoom"] = 0.75 * motion * drift["roll"], motion * (0.004 * drift["zoom"] + 0.002 * accent)
+    v |= {k: motion * o for k, o in head_motion(_accents(sounds), _phrases(sounds), fps, frames, seed).items()}
     return Track(fps, np.stack([v[k] for k in TRACKS], 1).astype(np.float32))

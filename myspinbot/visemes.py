@@ -17,7 +17,8 @@ from .core import InputError
 
 # %% ../nbs/33_visemes.ipynb #a66b0e3f
 TRACKS = (
-    "jaw", "upper", "lower", "wide", "round", "press", "tuck", "tongue", "blink", "brow", "dx", "dy", "roll", "zoom")
+    "jaw", "upper", "lower", "wide", "round", "press", "tuck", "tongue", "blink", "gaze_x", "gaze_y", "brow", "dx", "dy",
+    "roll", "zoom")
 _SHAPES = ("jaw", "upper", "lower", "wide", "round", "tongue")  # blended by dominance; press and tuck are set on top
 
 def _shape(jaw: float, upper: float = 0, lower: float = 0, wide: float = 0, round: float = 0, tongue: float = 0,
@@ -228,6 +229,7 @@ def mouth_track(
     v = {k: np.interp(at, np.arange(len(x)) / _RATE, x) for k, x in shapes.items()}
     pauses = [(s.start + s.end) / 2 for s in sounds if not s.symbol and s.end - s.start > 0.12]
     v["blink"] = _blinks(rng, frames, fps, pauses)
+    v["gaze_x"] = v["gaze_y"] = np.zeros(frames)
     accent = _accents(sounds, frames, fps)
     periods = dict(dx=1.3, dy=1.1, roll=1.5, zoom=1.9, brow=1.2)
     drift = {k: _drift(rng, frames, fps, s) for k, s in periods.items()}

@@ -158,19 +158,47 @@ def _lips(sounds: list[Sound], seconds: float) -> dict[str, np.ndarray]:
     v["press"], v["tuck"] = np.clip((shut - 0.5) / 0.5, 0, 1), tuck
     return v
 
-# %% ../nbs/33_visemes.ipynb #42ad286e
-def _blinks(rng: np.random.Generator, frames: int, fps: float, pauses: list[float]) -> np.ndarray:
-    "Eyelids, 0 open to 1 shut: quick down, slower up, every few seconds, rather in pauses than in words."
-    out, t = np.zeros(frames), rng.uniform(0.7, 1.8)
-    at = np.arange(frames) / fps
-    while t < frames / fps:
-        near = [p for p in pauses if abs(p - t) < 0.7]
-        when = min(near, key=lambda p: abs(p - t)) if near else t
-        d = at - when
-        out = np.maximum(out, np.clip(np.where(d < 0, 1 + d / 0.10, 1 - (d - 0.05) / 0.17), 0, 1))
-        t = when + 0.9 + rng.gamma(3.0, 0.9)
+# %% ../nbs/33_visemes.ipynb #e7e50101
+def _blinks(rng: np.random.Generator, seconds: float, pauses: list[float]) -> list[float]:
+    "When the eyelids shut: every few seconds; a blink that is due waits for the end of a phrase that comes soon, or just was."
+    out, t = [], float(rng.uniform(0.7, 1.8))
+    while t < seconds:
+        near = [p for p in pauses if -0.6 < p - t < 1.4]
+        out.append(min(near, key=lambda p: abs(p - t)) if near else t)
+        t = out[-1] + 0.9 + float(rng.gamma(3.0, 0.9))
+    return out
+
+def _lids(shut: list[float], at: np.ndarray) -> np.ndarray:
+    "Eyelids over time, 0 open to 1 shut: down in 80 ms, shut for a frame, up in 150 ms."
+    out = np.zeros(len(at))
+    for t in shut:
+        d = at - t
+        out = np.maximum(out, np.clip(np.where(d < 0, 1 + d / 0.08, 1 - (d - 0.04) / 0.15), 0, 1))
     return out * out * (3 - 2 * out)
 
+def _gaze(rng: np.random.Generator, at: np.ndarray, accent: np.ndarray) -> np.ndarray:
+    "Where the eyes look, (frames, 2) in mm: small saccades every 1 to 3 s, back to the camera soon after each look aside."
+    out, here, t = np.zeros((len(at), 2)), np.zeros(2), float(rng.uniform(1, 3))
+    while t < at[-1]:
+        held = np.flatnonzero((at >= t) & (accent < 0.4))  # not on a stressed vowel
+        if not len(held): break
+        t, aside = float(at[held[0]]), not here.any() and rng.random() < 0.6
+        to = np.array((rng.choice((-1, 1)) * rng.uniform(0.4, 1.0), rng.uniform(-0.3, 0.3))) if aside else np.zeros(2)
+        u = np.clip((at - t) / 0.06, 0, 1)[:, None]  # a saccade so small lasts about 60 ms
+        out += (to - here) * u * u * (3 - 2 * u)
+        here, t = to, t + float(rng.uniform(1, 1.8) if aside else rng.uniform(1, 3))
+    return out
+
+def _eyes(
+    rng: np.random.Generator, looks: np.random.Generator, sounds: list[Sound], at: np.ndarray, accent: np.ndarray, motion: float,
+) -> dict[str, np.ndarray]:
+    "Blinks and gaze; the upper lids follow the eyes down."
+    pauses = [s.start + min((s.end - s.start) / 2, 0.15) for s in sounds if not s.symbol and s.end - s.start > 0.12]
+    gaze = min(motion, 1.5) * _gaze(looks, at, accent)
+    lids = _lids(_blinks(rng, at[-1], [p for p in pauses if p < at[-1] - 0.4]), at)  # a video ends with open eyes
+    return dict(blink=np.maximum(lids, 0.08 * np.maximum(gaze[:, 1], 0)), gaze_x=gaze[:, 0], gaze_y=gaze[:, 1])
+
+# %% ../nbs/33_visemes.ipynb #42ad286e
 def _drift(rng: np.random.Generator, frames: int, fps: float, seconds: float) -> np.ndarray:
     "Smooth noise that starts at zero, of about unit size."
     knots = rng.standard_normal(math.ceil(frames / fps / seconds) + 4)
@@ -227,10 +255,8 @@ def mouth_track(
     shapes = _lips(sounds, max(frames / fps + 0.1, sounds[-1].end))
     at = (np.arange(frames) + 0.5) / fps
     v = {k: np.interp(at, np.arange(len(x)) / _RATE, x) for k, x in shapes.items()}
-    pauses = [(s.start + s.end) / 2 for s in sounds if not s.symbol and s.end - s.start > 0.12]
-    v["blink"] = _blinks(rng, frames, fps, pauses)
-    v["gaze_x"] = v["gaze_y"] = np.zeros(frames)
     accent = _accents(sounds, frames, fps)
+    v |= _eyes(rng, np.random.default_rng((seed, 1)), sounds, at, accent, motion)
     periods = dict(dx=1.3, dy=1.1, roll=1.5, zoom=1.9, brow=1.2)
     drift = {k: _drift(rng, frames, fps, s) for k, s in periods.items()}
     v["brow"] = motion * np.clip(0.25 * drift["brow"] + 0.45 * accent, -0.4, 1)

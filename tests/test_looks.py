@@ -1,4 +1,4 @@
-"Eyes of the talking portrait: lids that cover the eye without an outline, irises that stay between them."
+"Eyes of the talking portrait: lids that cover the eye without an outline, irises that stay between them, blinks in pauses."
 from functools import lru_cache
 
 import cv2
@@ -10,6 +10,7 @@ from scipy.ndimage import map_coordinates
 from myspinbot.face import Portrait, prepare_portrait
 from myspinbot.mesh import place_mesh, square_around
 from myspinbot.rig import Rig
+from myspinbot.visemes import Track, mouth_track
 
 UPPER = ((246, 161, 160, 159, 158, 157, 173), (398, 384, 385, 386, 387, 388, 466))
 LOWER = ((7, 163, 144, 145, 153, 154, 155), (382, 381, 380, 374, 373, 390, 249))
@@ -110,3 +111,52 @@ def test_nothing_outside_the_eyes_changes():
     for pose in ({}, dict(jaw=0.5, dx=1.0, roll=0.6)):
         a, b = rig.frame(pose), rig.frame(pose, blink=0.7, gaze_x=1.0, gaze_y=0.4)
         assert (a != b).any() and not (a != b).any(-1)[~near].any()
+
+
+def spoken(phrases: int, sounds: int = 16) -> tuple[dict, list[tuple[float, float]]]:
+    "Phrases of equal sounds with pauses of 0.3 s after them, and where the pauses are."
+    rows, pauses, t = [], [], 0.1
+    for _ in range(phrases):
+        for c in ("m", "ɐ") * (sounds // 2):
+            rows.append(dict(phoneme=c, start_s=round(t, 3), end_s=round(t + 0.2, 3)))
+            t += 0.2
+        pauses.append((t, t + 0.3))
+        t += 0.3
+    return {"phonemes": [*rows, dict(phoneme=" ", start_s=round(t, 3), end_s=round(t + 0.1, 3))]}, pauses
+
+
+def blinks(track: Track) -> np.ndarray:
+    "When the lids of a track are first shut, in seconds."
+    shut = track["blink"] > 0.9
+    return np.flatnonzero(shut & ~np.r_[False, shut[:-1]]) / track.fps
+
+
+def test_blinks_prefer_pauses():
+    phonemes, pauses = spoken(12)
+    at = np.concatenate([blinks(mouth_track(phonemes, 50, 50 * 42, seed=s)) for s in range(12)])
+    chance = 0.4 * len(pauses) / 42
+    share = np.mean([any(a - 0.05 <= t <= b + 0.05 for a, b in pauses) for t in at])
+    assert len(at) / (12 * 42) > 1 / 6  # a blink in six seconds at least
+    assert share > max(0.45, 3 * chance), share
+
+
+def test_lids_close_faster_than_they_open():
+    track = mouth_track(spoken(4)[0], 120, 120 * 12, motion=0)
+    v = track["blink"]
+    top = np.flatnonzero((v > 0.999) & (np.r_[0, v[:-1]] <= 0.999))[0]
+    after = v[top:top + 48]
+    closing, opening = (v[top - 24:top] > 0.01).sum(), ((after > 0.01) & (after <= 0.999)).sum()
+    assert 0.05 <= closing / 120 <= 0.09 and 0.11 <= opening / 120 <= 0.16, (closing, opening)
+
+
+def test_gaze_returns_to_the_camera_and_follows_motion_and_seed():
+    phonemes, _ = spoken(8)
+    track = mouth_track(phonemes, 25, 25 * 28, seed=3)
+    x, y = track["gaze_x"], track["gaze_y"]
+    assert 0.4 < np.abs(x).max() <= 1.2 and np.abs(y).max() < 0.6
+    assert ((x == 0) & (y == 0)).mean() > 0.4
+    moving = np.abs(np.diff(x)) > 1e-3
+    assert moving.mean() < 0.15  # saccades are short, fixations long
+    assert not mouth_track(phonemes, 25, 25 * 28, seed=3, motion=0)["gaze_x"].any()
+    assert (mouth_track(phonemes, 25, 25 * 28, seed=4)["gaze_x"] != x).any()
+    assert np.array_equal(track["jaw"], mouth_track(phonemes, 25, 25 * 28, seed=4)["jaw"])

@@ -180,13 +180,13 @@ def _gaze(rng: np.random.Generator, at: np.ndarray, accent: np.ndarray) -> np.nd
     "Where the eyes look, (frames, 2) in mm: small saccades every 1 to 3 s, back to the camera soon after each look aside."
     out, here, t = np.zeros((len(at), 2)), np.zeros(2), float(rng.uniform(1, 3))
     while t < at[-1]:
-        held = np.flatnonzero((at >= t) & (accent < 0.4))  # not on a stressed vowel
+        held = np.flatnonzero((at >= t) & (accent < 0.8))  # not on a stressed vowel
         if not len(held): break
-        t, aside = float(at[held[0]]), not here.any() and rng.random() < 0.6
-        to = np.array((rng.choice((-1, 1)) * rng.uniform(0.4, 1.0), rng.uniform(-0.3, 0.3))) if aside else np.zeros(2)
+        t, aside = float(at[held[0]]), not here.any() and rng.random() < 0.5
+        to = np.array((rng.choice((-1, 1)) * rng.uniform(0.35, 0.9), rng.uniform(-0.25, 0.25))) if aside else np.zeros(2)
         u = np.clip((at - t) / 0.06, 0, 1)[:, None]  # a saccade so small lasts about 60 ms
         out += (to - here) * u * u * (3 - 2 * u)
-        here, t = to, t + float(rng.uniform(1, 1.8) if aside else rng.uniform(1, 3))
+        here, t = to, t + float(rng.uniform(1, 1.6) if aside else rng.uniform(1, 3))
     return out
 
 def _eyes(
@@ -195,7 +195,8 @@ def _eyes(
     "Blinks and gaze; the upper lids follow the eyes down."
     pauses = [s.start + min((s.end - s.start) / 2, 0.15) for s in sounds if not s.symbol and s.end - s.start > 0.12]
     gaze = min(motion, 1.5) * _gaze(looks, at, accent)
-    lids = _lids(_blinks(rng, at[-1], [p for p in pauses if p < at[-1] - 0.4]), at)  # a video ends with open eyes
+    shut = [t for t in _blinks(rng, at[-1], pauses) if t < at[-1] - 0.3]  # a video ends with open eyes
+    lids = _lids(shut, at)
     return dict(blink=np.maximum(lids, 0.08 * np.maximum(gaze[:, 1], 0)), gaze_x=gaze[:, 0], gaze_y=gaze[:, 1])
 
 # %% ../nbs/33_visemes.ipynb #42ad286e

@@ -262,8 +262,12 @@ class Eye:
         self.room = float(np.clip(0.6 * np.median((top - brows)[side < 0.8]), 4.5, 6.0))
         crop = image[self.box[1]:self.box[3], self.box[0]:self.box[2]].astype(np.float32)
         self.lid, self.ball = Lid(crop, mm, o, self.room), Ball(crop, mm, o)
-        wide = self.room + 1.5
-        self.near = self._box((o.x[0] - wide, o.top.min() - wide), (o.x[-1] + wide, o.bottom.max() + 4), size)
+        sway, wide = 3.5, self.room + 1  # mm; the boxes stand still while the head sways
+        low, high = (o.x[0] - sway, o.top.min() - sway), (o.x[-1] + sway, o.bottom.max() + sway)
+        self.near = self._box((low[0] - wide, low[1] - wide), (high[0] + wide, high[1] + 3), size)
+        between = self._box(low, high, size)
+        x, y = self.near[:2]
+        self.between = slice(between[1] - y, between[3] - y), slice(between[0] - x, between[2] - x)
 
     def _box(self, low: tuple[float, float], high: tuple[float, float], size: int) -> tuple[int, int, int, int]:
         corners = self.axes.image(np.array([(x, y) for x in (low[0], high[0]) for y in (low[1], high[1])]))
@@ -281,6 +285,6 @@ class Eye:
         if blink <= 0 and not looks: return
         x0, y0, x1, y1 = self.near
         colour = out[y0:y1, x0:x1].astype(np.float32)
-        if looks: self.ball.draw(colour, q, self.box, gaze, pixels)
+        if looks: self.ball.draw(colour[self.between], q[self.between], self.box, gaze, pixels)
         if blink > 0: self.lid.draw(colour, q, self.box, blink, pixels)
         out[y0:y1, x0:x1] = np.clip(colour + 0.5, 0, 255).astype(np.uint8)

@@ -177,6 +177,7 @@ def draw(self: Lid,
     past, soft = d - edge, max(0.3, 0.55 / axes.mm)
     below = past - 0.5 * (1 - painted)  # the picture's own lashes still hang from a lid that has hardly moved
     shade = np.exp(-((np.maximum(below, 0) / 1.2) ** 2)) * smooth_step(gap - d, -0.3, 0.8) * smooth_step(d, -0.3, 0.5)
+    shade *= smooth_step(gap, 0, 1)
     colour *= 1 - (0.35 * min(5 * blink, 1 - blink) * shade)[..., None]
     colour += ((1 - smooth_step(below, -soft, soft)) * own)[..., None] * (lid - colour)
     if blink > 0.2: self.lashes.draw(colour, q, past, painted, blink)

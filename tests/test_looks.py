@@ -107,8 +107,8 @@ def test_highlights_stay_when_an_iris_moves():
 
 def test_nothing_outside_the_eyes_changes():
     portrait, rig = prepared("plain", 512)
-    near = inside(portrait.landmarks.array, 512, 9 * rig.axes.mm)
-    for pose in ({}, dict(jaw=0.5, dx=1.0, roll=0.6)):
+    for pose, sway in (({}, 0), (dict(jaw=0.5, dx=1.0, roll=0.6), 2.5)):
+        near = inside(portrait.landmarks.array, 512, (9 + sway) * rig.axes.mm)
         a, b = rig.frame(pose), rig.frame(pose, blink=0.7, gaze_x=1.0, gaze_y=0.4)
         assert (a != b).any() and not (a != b).any(-1)[~near].any()
 

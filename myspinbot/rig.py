@@ -17,7 +17,7 @@ from .eyes import Eye, cells, shifted
 from .lips import JAW_MM, MOUTH, Lips, MouthFields, pixel_grid, smooth_step
 from .matte import UNSURE, find_matte, lifted
 from .mesh import ibug
-from .skin import Chin, add_cheeks, end_jaw, find_folds, hold_glasses, wears_glasses
+from .skin import Chin, add_cheeks, end_jaw, find_folds, wears_glasses
 
 # %% ../nbs/33_rig.ipynb #f5f7b07e
 def _tint(colour: np.ndarray, level: float, chroma: float) -> np.ndarray:
@@ -166,7 +166,7 @@ class Rig:
         self.folds = find_folds(lips, self.fields.box)
         mesh = np.asarray(points, float)
         self.eyes = [Eye(self.image, self.axes, mesh, self.points[b:b + 5], right) for b, right in ((17, True), (22, False))]
-        if glasses: hold_glasses(self.eyes)
+        for eye in self.eyes if glasses else (): eye.lift[:] = 0
         self.inside = Inside(self.image, self.fields.box, lips, self.fields.move.rest)
         self._behind(mesh)
         self._double = cv2.resize(self.image, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
@@ -319,7 +319,7 @@ class Pose:
         for box, deep in self.rig.folds:
             x0, y0, x1, y1 = box
             at = np.ascontiguousarray(skin[y0 - top:y1 - top, x0 - left:x1 - left])
-            shade = 1 - np.float32(depth) * _shifted(deep, at, box)[..., None] * _RUDDY
+            shade = 1 - np.float32(depth) * shifted(deep, at, box)[..., None] * _RUDDY
             out[y0:y1, x0:x1] = np.clip(out[y0:y1, x0:x1] * shade + 0.5, 0, 255).astype(np.uint8)
 
     def inside(self, q: np.ndarray, over: np.ndarray, below: np.ndarray) -> np.ndarray:

@@ -179,7 +179,7 @@ class Movements:
         press[1] = (0.8 if upper else -1.0) * (0.35 + 0.65 * oval) if inner else (0.9 if upper else -0.5) * arch
         tuck[0] = 0 if upper else -0.03 * s
         tuck[1] = (-2.6 if inner else -1.9) * arch if upper else (-0.9 if inner else -1.2) * oval
-        relax[1] = 0.4 * self.smile * side
+        relax[1] = 0.33 * self.smile * side
         return d
 
 # %% ../nbs/33_lips.ipynb #c75cc53b

@@ -274,7 +274,7 @@ def plot_track(
     for p in phonemes["phonemes"]:
         middle = (p["start_s"] + p["end_s"]) / 2
         if middle < end and p["phoneme"] != "_": top.text(middle, 1.04, p["phoneme"], ha="center", fontsize=8)
-    for k in ("blink", "brow", "dx", "dy", "roll"): low.plot(t, track[k], lw=1.1, label=k)
+    for k in ("blink", "gaze_x", "brow", "dx", "dy", "roll"): low.plot(t, track[k], lw=1.1, label=k)
     top.set(xlim=(0, end), ylim=(0, 1.15))
     low.set_xlabel("seconds")
     for ax in (top, low): ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)

@@ -743,6 +743,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'myspinbot.engine._execute': ('engine.html#_execute', 'myspinbot/engine.py'),
                                   'myspinbot.engine._failure': ('engine.html#_failure', 'myspinbot/engine.py'),
                                   'myspinbot.engine._finish': ('engine.html#_finish', 'myspinbot/engine.py'),
+                                  'myspinbot.engine._import_nbformat': ('engine.html#_import_nbformat', 'myspinbot/engine.py'),
                                   'myspinbot.engine._kernel': ('engine.html#_kernel', 'myspinbot/engine.py'),
                                   'myspinbot.engine._kind': ('engine.html#_kind', 'myspinbot/engine.py'),
                                   'myspinbot.engine._known': ('engine.html#_known', 'myspinbot/engine.py'),

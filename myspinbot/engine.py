@@ -329,9 +329,14 @@ def _mark(nb: Any) -> None:
     for at, text in cells: nb.cells.insert(at, new_markdown_cell(text, metadata={"tags": [ERROR_MARKER_TAG]}))
 
 # %% ../nbs/22_engine.ipynb #d1a5f170
-@lru_cache(maxsize=1)
+_importing = threading.Lock()
+
 def import_nbformat() -> None:
-    "Import what reads and checks notebooks, 0.8 s of CPU in place of 2.5."
+    "Import what reads and checks notebooks, 0.8 s of CPU in place of 2.5; threads wait for the first one."
+    with _importing: _import_nbformat()
+
+@lru_cache(maxsize=1)
+def _import_nbformat() -> None:
     name = "rfc3987_syntax"
     later = name not in sys.modules and find_spec(name) is not None
     if later:

@@ -85,7 +85,7 @@ def acquire(self: KernelPool,
         with self._changed: self._used -= 1
     kernel.imports, kernel.resident, kernel.runs = wanted, resident if python else "", kernel.runs + 1
     kernel.memory_mb, kernel.processes, kernel._counted = self.memory_mb, self.processes, 0.0
-    if python and not self._spares.get(wanted): self._beside.submit(self.refill, wanted)
+    if python and not self._spares.get(wanted): self.warm(wanted)
     return kernel
 
 @patch

@@ -242,8 +242,6 @@ def _from(field: np.ndarray, q: np.ndarray, box: tuple[int, ...], step: int, rou
         if i < rounds - 1: at = cv2.scaleAdd(moved, -1 / step, here)
     return -moved
 
-_RUDDY = np.array((0.7, 1.05, 1.1), np.float32)  # skin in shadow is redder, never grey
-
 def _finer(a: np.ndarray, step: int) -> np.ndarray:
     "From every `step`-th pixel to every pixel."
     import cv2
@@ -251,6 +249,8 @@ def _finer(a: np.ndarray, step: int) -> np.ndarray:
     size = (a.shape[1] - 1) * step + 1, (a.shape[0] - 1) * step + 1
     return cv2.warpAffine(a, np.float32([[1 / step, 0, 0], [0, 1 / step, 0]]), size,
                           flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
+
+_RUDDY = np.array((0.7, 1.05, 1.1), np.float32)  # skin in shadow is redder, never grey
 
 class Pose:
     "The rig's frame for one set of controls."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_NOTEBOOK', 'MAX_SOURCE', 'CONTRACT', 'NotebookError', 'read_notebook', 'cells_of', 'without_comments', 'Import',
            'imports_in', 'parse_cell', 'run_by', 'leading', 'Facts', 'facts_of_cells', 'facts_of_module', 'stamp_of',
-           'facts_of', 'recall', 'remember', 'Found', 'is_installed', 'owners', 'installed', 'Sources', 'gather',
-           'unchanged', 'settled', 'sources_of', 'beside', 'package_dir', 'modules_of', 'modules_hash']
+           'facts_of', 'Found', 'is_installed', 'package_dir', 'recall', 'remember', 'owners', 'installed', 'Sources',
+           'gather', 'unchanged', 'settled', 'sources_of', 'beside', 'modules_of', 'modules_hash']
 
 # %% ../nbs/02_source.ipynb #1d019f87
 import ast, contextlib, getopt, io, json, os, re, secrets, shlex, site, stat, sys, sysconfig, time, tokenize, zipfile
@@ -291,9 +291,10 @@ def facts_of_module(src: str) -> Facts:
 @lru_cache(maxsize=8192)
 def _facts(path: str, mtime_ns: int, size: int) -> Facts:
     "What a file says; raises `OSError`."
-    if found := recall(path): return found
-    now, facts = _state_of(path), _read_facts(path, size)
-    if now and now == _state_of(path): remember(path, now, facts)
+    state = _state_of(path)
+    if state and (found := recall(path, state)): return found
+    facts = _read_facts(path, size)
+    if state and state == _state_of(path): remember(path, state, facts)
     return facts
 
 def _read_facts(path: str, size: int) -> Facts:
@@ -328,48 +329,6 @@ def facts_of(path: str) -> Facts:
         when = stamp_of(path) or stamp_of(_outer(path)) or (0, 0)
         return _read_facts(path, when[1]) if _young(when[0]) else _facts(path, *when)
     except (OSError, NotebookError, NotFound): return Facts("unreadable")
-
-# %% ../nbs/02_source.ipynb #2069e938
-@dataclass(frozen=True)
-class _Note:
-    "What a file said in one state."
-    state: tuple[int | str, ...]
-    facts: Facts
-
-@lru_cache(maxsize=1)
-def _notes() -> Any:
-    "Reads and writes notes as JSON."
-    from pydantic import TypeAdapter
-    return TypeAdapter(_Note)
-
-def _state_of(path: str) -> tuple[int | str, ...] | None:
-    "A file's state, and that of what takes it apart; None: it cannot be read."
-    import myspinbot
-    try: seen = [os.stat(o) for o in (path, Path(myspinbot.__file__).with_name("source.py"))]
-    except (OSError, ValueError): return None
-    return path, sys.version, *(v for o in seen for v in (o.st_mtime_ns, o.st_ctime_ns, o.st_size, o.st_ino))
-
-def _note_file(path: str) -> Path: return settings().home / "cache" / "sources" / f"{hash_bytes(os.fsencode(path))}.json"
-
-def recall(
-    path: str,  # of a file
-) -> Facts | None:
-    "What was noted of a file in its present state."
-    with contextlib.suppress(OSError, ValueError, SpinError):
-        note = _notes().validate_json(_note_file(path).read_bytes())
-        if note.state == _state_of(path): return note.facts
-
-def remember(path: str, state: tuple[int | str, ...], facts: Facts) -> None:
-    "Note what a file said, where there is a data folder."
-    with contextlib.suppress(OSError, ValueError, SpinError):
-        file = _note_file(path)
-        if not settings().home.is_dir(): return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{secrets.token_hex(4)}")
-        try:
-            part.write_bytes(_notes().dump_json(_Note(state, facts)))
-            part.replace(file)
-        finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/02_source.ipynb #4b0714ed
 class Found(NamedTuple):
@@ -436,6 +395,53 @@ def _top(name: str, own: tuple[str, ...]) -> Found | None:
         mine = name == "myspinbot" or base in own or (folder and not is_installed(folder))
         return found._replace(local=bool(mine))
     return None
+
+@lru_cache(maxsize=1)
+def package_dir() -> Path:
+    "Where the modules of `myspinbot` are."
+    return Path(_top("myspinbot", ()).places[0])
+
+# %% ../nbs/02_source.ipynb #2069e938
+@dataclass(frozen=True)
+class _Note:
+    "What a file said in one state."
+    state: tuple[int | str, ...]
+    facts: Facts
+
+@lru_cache(maxsize=1)
+def _notes() -> Any:
+    "Reads and writes notes as JSON."
+    from pydantic import TypeAdapter
+    return TypeAdapter(_Note)
+
+def _state_of(path: str) -> tuple[int | str, ...] | None:
+    "A file's state, and that of what takes it apart; None: it cannot be read."
+    try: seen = [os.stat(o) for o in (path, package_dir() / "source.py")]
+    except (OSError, ValueError): return None
+    return path, sys.version, *(v for o in seen for v in (o.st_mtime_ns, o.st_ctime_ns, o.st_size, o.st_ino))
+
+def _note_file(path: str) -> Path: return settings().home / "cache" / "sources" / f"{hash_bytes(os.fsencode(path))}.json"
+
+def recall(
+    path: str,  # of a file
+    state: tuple[int | str, ...],  # in which it is
+) -> Facts | None:
+    "What was noted of a file in this state."
+    with contextlib.suppress(OSError, ValueError, SpinError):
+        note = _notes().validate_json(_note_file(path).read_bytes())
+        if note.state == state: return note.facts
+
+def remember(path: str, state: tuple[int | str, ...], facts: Facts) -> None:
+    "Note what a file said, where there is a data folder."
+    with contextlib.suppress(OSError, ValueError, SpinError):
+        file = _note_file(path)
+        if not settings().home.is_dir(): return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{secrets.token_hex(4)}")
+        try:
+            part.write_bytes(_notes().dump_json(_Note(state, facts)))
+            part.replace(file)
+        finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/02_source.ipynb #2883c716
 _BRINGS = re.compile(r"^([^\W\d]\w*)(?:/|\.[^/,\n]*,)", re.M)
@@ -640,11 +646,6 @@ def beside(
     return found
 
 # %% ../nbs/02_source.ipynb #21ca1991
-@lru_cache(maxsize=1)
-def package_dir() -> Path:
-    "Where the modules of `myspinbot` are."
-    return Path(_top("myspinbot", ()).places[0])
-
 def modules_of(
     names: Iterable[str],  # such as "myspinbot.talk"; what is not local has no sources
 ) -> Sources:

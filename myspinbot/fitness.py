@@ -9,6 +9,7 @@ __all__ = ['ROOM', 'AGREEMENT', 'CONTRAST', 'PHOTO', 'ASIDE', 'LIKENESS', 'room_
 # %% ../nbs/33_fitness.ipynb #9b7e0003
 import base64, math
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -230,7 +231,7 @@ def judge_frames(
     size = closed[0].shape[1::-1]
     points = ((points + 0.5) * (size[0] / portrait.shape[1]) - 0.5).astype(np.float32)
     portrait = cv2.resize(portrait, size, interpolation=cv2.INTER_AREA if size[0] < portrait.shape[1] else cv2.INTER_CUBIC)
-    asides, likes = zip(*(_closed(o, portrait, points) for o in closed), strict=True)
+    with ThreadPoolExecutor(2) as both: asides, likes = zip(*both.map(lambda o: _closed(o, portrait, points), closed), strict=True)
     aside, alike = float(np.median(asides)), max(likes)  # sounds beside it also move a mouth that closes well
     return [Gate.at_most("closed mouth, away from the portrait's", aside, ASIDE, " eye distances",
                          "another mouth than the portrait's moves"),

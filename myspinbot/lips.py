@@ -189,17 +189,19 @@ def thin_plate(
     grid: np.ndarray,    # (rows, columns, 2): where to know them
 ) -> np.ndarray:         # (k, rows, columns, 2) float32
     "The smoothest fields through given movements (thin-plate splines, Bookstein 1989)."
-    def u(d2: np.ndarray) -> np.ndarray: return d2 * np.log(d2 + 1e-9)
+    def u(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        d2 = (a[:, :1] - b[:, 0]) ** 2 + (a[:, 1:] - b[:, 1]) ** 2
+        return d2 * np.log(d2 + 1e-9)
     n, middle, scale = len(points), points.mean(0), float(np.ptp(points, axis=0).max())
     p, g = (points - middle) / scale, ((grid - middle) / scale).reshape(-1, 2)
     one = np.c_[np.ones(n), p]
-    k = u(((p[:, None] - p[None]) ** 2).sum(-1)) + 1e-6 * np.eye(n)
+    k = u(p, p) + 1e-6 * np.eye(n)
     known = np.r_[moves.reshape(n, -1), np.zeros((3, 2 * moves.shape[1]))]
     w = np.linalg.solve(np.block([[k, one], [one.T, np.zeros((3, 3))]]), known)
     out = np.empty((len(g), w.shape[1]), np.float32)
     for i in range(0, len(g), 4096):
         b = g[i:i + 4096]
-        out[i:i + 4096] = np.c_[u(((b[:, None] - p[None]) ** 2).sum(-1)), np.ones(len(b)), b] @ w
+        out[i:i + 4096] = np.c_[u(b, p), np.ones(len(b)), b] @ w
     return out.reshape(*grid.shape[:2], -1, 2).transpose(2, 0, 1, 3)
 
 _JAW_LINE = np.array([0, 0, .02, .10, .28, .50, .70, .82, .86, .82, .70, .50, .28, .10, .02, 0, 0])

@@ -11,7 +11,7 @@ import math, os, zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Lock
 from typing import Any
 
@@ -21,18 +21,21 @@ from .core import ConfigError
 from .models import FACE, PERSON, find_model
 
 # %% ../nbs/31_mesh.ipynb #a0020006
+_starting = Lock()
+
 @contextmanager
 def _hushed() -> Iterator[None]:
     "LiteRT greets on the process's standard error, below Python, when a network starts: not on a user's terminal."
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try: yield
-    finally:
-        os.dup2(kept, 2)
-        for o in (kept, nowhere): os.close(o)
+    with _starting:  # of two threads, the second would keep what the first has put in place
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        try: yield
+        finally:
+            os.dup2(kept, 2)
+            for o in (kept, nowhere): os.close(o)
 
 class Network:
-    "One network of MediaPipe's, on one core; calls from several threads take turns."
+    "One network of MediaPipe's, on one core; threads that call it at the same time get a copy each."
     def __init__(self,
         name: str,
         inner: str = "",  # an inner tensor to give instead of the outputs, by name
@@ -43,23 +46,30 @@ class Network:
         if PERSON.file == f"{name}.tflite": content = find_model(PERSON).read_bytes()
         else:
             with zipfile.ZipFile(find_model(FACE)) as z: content = z.read(f"{name}.tflite")
-        self.lock = Lock()
-        with _hushed():
-            plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES if inner else OpResolverType.AUTO  # keeps inner tensors
-            self.run = Interpreter(model_content=content, num_threads=1, experimental_op_resolver_type=plain,
-                                   experimental_preserve_all_tensors=bool(inner))
-            self.run.allocate_tensors()
-        self.input = self.run.get_input_details()[0]["index"]
-        given = [o for o in self.run.get_tensor_details() if o["name"] == inner] if inner else self.run.get_output_details()
+        plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES if inner else OpResolverType.AUTO  # keeps inner tensors
+        self.make = partial(Interpreter, model_content=content, num_threads=1, experimental_op_resolver_type=plain,
+                            experimental_preserve_all_tensors=bool(inner))
+        run = self._copy()
+        self.input, self.idle = run.get_input_details()[0]["index"], [run]
+        given = [o for o in run.get_tensor_details() if o["name"] == inner] if inner else run.get_output_details()
         self.outputs = [o["index"] for o in given]
+
+    def _copy(self) -> Any:
+        with _hushed():
+            run = self.make()
+            run.allocate_tensors()
+        return run
 
     def __call__(self,
         x: np.ndarray,  # without the batch dimension, float32
     ) -> list[np.ndarray]:
-        with self.lock:
-            self.run.set_tensor(self.input, x[None])
-            self.run.invoke()
-            return [self.run.get_tensor(o)[0] for o in self.outputs]
+        try: run = self.idle.pop()
+        except IndexError: run = self._copy()
+        try:
+            run.set_tensor(self.input, x[None])
+            run.invoke()
+            return [run.get_tensor(o)[0] for o in self.outputs]
+        finally: self.idle.append(run)
 
 @lru_cache(maxsize=4)
 def network(

@@ -9,8 +9,11 @@ __all__ = ['AHEAD', 'LipTracker', 'Stretch', 'Picture', 'measure_picture', 'loud
 
 # %% ../nbs/34_video.ipynb #64744190
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,13 @@ _all_ = ["Gate", "gate_table", "VideoInfo", "contact_sheet", "poster", "probe", 
 class LipTracker:
     "Follows one face through a video; `measure` takes its frames in order."
     def __init__(self):
-        self.count, self.lost, self.gain, self.next_look = 0, True, 1.0, 0
+        self.count, self.step, self.lost, self.gain, self.next_look = 0, 1, True, 1.0, 0
+
+    def twin(self) -> "LipTracker":
+        "Another one that takes the next frame and then every second one; those between are left for this one."
+        self.step, other = 2, copy(self)
+        self.count, other.step = self.count + 1, 2
+        return other
 
     def find(self, rgb: np.ndarray) -> bool:
         "Look for the face in the whole frame."
@@ -56,7 +65,7 @@ class LipTracker:
         rgb: np.ndarray,  # (height, width, 3) uint8
     ) -> tuple[float, float]:  # gap between the inner lips, and from nose to chin, in eye distances; NaN: no face
         "How far the mouth is open in the next frame."
-        i, self.count = self.count, self.count + 1
+        i, self.count = self.count, self.count + self.step
         nothing = math.nan, math.nan
         if self.lost and (i < self.next_look or not self.find(rgb)): return nothing
         if self.gain != 1: rgb = np.minimum(rgb * np.float32(self.gain), 255).astype(np.uint8)
@@ -68,6 +77,28 @@ class LipTracker:
         p = face.points
         gap = float(np.mean([np.hypot(*(p[a] - p[b])) for a, b in LIP_GAPS]))
         return gap / self.distance, float(np.hypot(*(p[CHIN] - p[NOSE]))) / self.distance
+
+# %% ../nbs/34_video.ipynb #cd6fa549
+AHEAD = 8  # frames that may wait for the networks
+
+class _Following:
+    "Lips followed on two threads: once the face is found, a tracker and its twin take turns. A context manager."
+    def __init__(self):
+        self.threads = ExitStack()
+        first, self.second = (self.threads.enter_context(ThreadPoolExecutor(1, "lips")) for _ in range(2))
+        self.turns, self.found = deque([(LipTracker(), first)]), list[Future]()
+
+    def add(self, rgb: np.ndarray) -> None:
+        if len(self.turns) == 1 and self.found:
+            self.found[-1].result()
+            if not (one := self.turns[0][0]).lost: self.turns.appendleft((one.twin(), self.second))
+        tracker, thread = self.turns[0]
+        self.turns.rotate(-1)
+        self.found.append(thread.submit(tracker.measure, rgb))
+        if len(self.found) > AHEAD: self.found[-AHEAD].result()
+
+    def __enter__(self) -> "_Following": return self
+    def __exit__(self, *error: Any) -> None: self.threads.close()
 
 # %% ../nbs/34_video.ipynb #45d54b5a
 class Stretch(Wire):
@@ -102,22 +133,21 @@ class _Stillness:
         self.found.append(Stretch(start_s=round(self.start / self.fps, 3), end_s=round(i / self.fps, 3)))
 
 # %% ../nbs/34_video.ipynb #f630d4a1
-AHEAD = 8  # frames that may wait for the network
-
 def measure_picture(
     path: str | Path,  # a video
     on_progress: Callable[[float], None] | None = None,  # called with 0..1
     every: int = 1,  # follow the lips on every n-th frame; those between are interpolated
+    kept: dict[int, np.ndarray | None] | None = None,  # frames to keep, by their numbers; filled in
 ) -> Picture:
     "Decode once; follow lips, light, change and stillness."
     import cv2
     info = probe(path)
-    tracker, lips, light, change = LipTracker(), [], [], []
+    light, change = [], []
     last, still, sums, squares, n = None, _Stillness(info.fps), 0.0, 0.0, 0
-    with ThreadPoolExecutor(1, "lips") as beside:  # the network has a core, and all else another
+    with _Following() as lips:
         for i, (_, rgb) in enumerate(read_frames(path)):
-            if i % every == 0: lips.append(beside.submit(tracker.measure, rgb))
-            if len(lips) > AHEAD: lips[-AHEAD].result()
+            if i % every == 0: lips.add(rgb)
+            if kept is not None and i in kept: kept[i] = rgb
             g = grey(rgb)
             high = max(1, round(32 * g.shape[0] / g.shape[1]))
             small = cv2.resize(g, (256, 8 * high), interpolation=cv2.INTER_AREA)
@@ -133,7 +163,8 @@ def measure_picture(
     still.close(n)
     crawl = float(np.sqrt(np.maximum(squares / n - (sums / n) ** 2, 0)).mean())
     opening, chin = [None] * n, [None] * n
-    for i, o in enumerate(lips): opening[i * every], chin[i * every] = (None if math.isnan(v) else round(v, 4) for v in o.result())
+    for i, o in enumerate(lips.found):
+        opening[i * every], chin[i * every] = (None if math.isnan(v) else round(v, 4) for v in o.result())
     return Picture(fps=info.fps, opening=opening, chin=chin, light=light, change=change, still=still.found,
                    border_crawl=round(crawl, 3))
 
@@ -252,7 +283,9 @@ def check_video(
 ) -> CheckReport:  # `.demand()` raises if a gate failed
     "Measure a video against its narration and phonemes; raises `InputError` only for files that cannot be read."
     info = probe(path)
-    picture = measure_picture(path, on_progress, every)
+    compared = phonemes is not None and portrait is not None and points is not None
+    closed = dict.fromkeys(_shut_frames(phonemes, info.fps) if compared else ())
+    picture = measure_picture(path, on_progress, every, closed)
     n, fps = len(picture.light), picture.fps
     rate = info.sample_rate or 22050
     sound = read_sound(path, rate)[:round(info.audio_s * rate)]
@@ -276,8 +309,7 @@ def check_video(
     if phonemes is not None:
         more, sync = _sync_gates(picture, phonemes, min_sync, max_lag, every)
         gates += more
-    if phonemes is not None and portrait is not None and points is not None:
-        gates += judge_frames(_shut_frames(path, phonemes, info.fps), portrait, points)
+    if compared: gates += judge_frames([o for o in closed.values() if o is not None], portrait, points)
     return CheckReport(video=info, gates=gates, lufs=heard, picture=picture, border_crawl=picture.border_crawl,
                        level_db=[round(float(v), 1) for v in level], **sync)
 
@@ -324,11 +356,10 @@ def _sync_gates(
     return [face, sync, late], curves
 
 # %% ../nbs/34_video.ipynb #9a7e0101
-def _shut_frames(path: str | Path, phonemes: Mapping[str, Any], fps: float, most: int = 5) -> list[np.ndarray]:
-    "Frames in the middle of sounds that close the lips, of the longest ones."
+def _shut_frames(phonemes: Mapping[str, Any], fps: float, most: int = 5) -> set[int]:
+    "Numbers of the frames in the middle of sounds that close the lips, of the longest ones."
     shut = sorted((o for o in phonemes["phonemes"] if o["phoneme"] in ("p", "b", "m")), key=lambda o: o["start_s"] - o["end_s"])
-    wanted = {int((o["start_s"] + o["end_s"]) / 2 * fps) for o in shut[:most]}
-    return [rgb for _, rgb in read_frames(path, only=wanted)]
+    return {int((o["start_s"] + o["end_s"]) / 2 * fps) for o in shut[:most]}
 
 # %% ../nbs/34_video.ipynb #4ce149ff
 def plot_check(

@@ -1154,6 +1154,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'myspinbot.lips.MouthFields.__init__': ('lips.html#mouthfields.__init__', 'myspinbot/lips.py'),
                                 'myspinbot.lips.Movements': ('lips.html#movements', 'myspinbot/lips.py'),
                                 'myspinbot.lips.Movements.__init__': ('lips.html#movements.__init__', 'myspinbot/lips.py'),
+                                'myspinbot.lips.Movements.aside': ('lips.html#movements.aside', 'myspinbot/lips.py'),
                                 'myspinbot.lips.Movements.lip': ('lips.html#movements.lip', 'myspinbot/lips.py'),
                                 'myspinbot.lips._face_anchors': ('lips.html#_face_anchors', 'myspinbot/lips.py'),
                                 'myspinbot.lips.cheapest_path': ('lips.html#cheapest_path', 'myspinbot/lips.py'),

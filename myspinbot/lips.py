@@ -10,6 +10,7 @@ __all__ = ['MOUTH', 'JAW_MM', 'smooth_step', 'Axes', 'pixel_grid', 'cheapest_pat
 from typing import Any
 
 import numpy as np
+from fastcore.basics import patch
 
 # %% ../nbs/33_lips.ipynb #5a673cc4
 def smooth_step(
@@ -150,37 +151,47 @@ class Movements:
         self.narrow = min(0.5 * max(2 * lips.half - 49, 0), 5) / lips.half if lips.parted and middle > 2 else 0.0
         self.smile = max(self.curve - 1.0, 0.0)  # mm that its corners stand above those of a serious mouth
         self.rest = line
+        p, y = lips.p, line[[0, -1]].mean()
+        room = lips.x[0] - np.interp(y, p[:9, 1], p[:9, 0]), np.interp(y, p[16:7:-1, 1], p[16:7:-1, 0]) - lips.x[-1]
+        self.reach = [0.35 * max(float(o), 0.0) for o in room]  # mm that a corner can move aside: its cheek gives way
 
-    def lip(self,
-        x: np.ndarray,   # mm
-        upper: bool,     # of the upper lip?
-        inner: bool,     # on its inner edge?
-    ) -> np.ndarray:     # (len(x), 9, 2)
-        "Movement of points on one lip edge."
-        lips, d = self.lips, np.zeros((len(x), 1 + len(MOUTH), 2))
-        t = (x - lips.centre) / lips.half
-        span = 1.0 if inner else 1.12
-        arch = np.clip(1 - (t / span) ** 2, 0, 1)
-        oval, side = arch ** 0.5, 1 - arch
-        s, gap = t * lips.half, np.interp(x, lips.x, lips.gap)
-        close, jaw, raised, lowered, wide, round_, press, tuck, relax = d.transpose(1, 2, 0)
-        close[0] = -self.narrow * s
-        close[1] = (self.meet if upper else self.meet - 1) * gap * (1 if inner else 0.72 if upper else 0.6)
-        if inner and lips.parted: close[1] += (0.2 if upper else -0.2) * np.clip(gap, 0, 1)
-        close[1] += 0.22 * self.curve * side * lips.parted
-        jaw[0] = -0.10 * s
-        jaw[1] = JAW_MM * (0.26 * (1 - oval) if upper else 0.26 + (0.74 if inner else 0.70) * oval)
-        if upper: raised[1] = -3.5 * arch * (1 if inner else 0.75)
-        else: lowered[1] = 4.0 * oval * (1 if inner else 0.85)
-        wide[0], wide[1] = 0.13 * s, -0.9 * side + (0 if inner else 0.5 if upper else -0.7) * arch
-        round_[0] = -min(0.26, 7 / lips.half) * s * (1 if inner else 0.9)
-        round_[1] = 0.5 * self.curve * side
-        round_[1] += arch * ((0.6 if upper else 0.9) if inner else (-0.9 if upper else 1.5))
-        press[1] = (0.8 if upper else -1.0) * (0.35 + 0.65 * oval) if inner else (0.9 if upper else -0.5) * arch
-        tuck[0] = 0 if upper else -0.03 * s
-        tuck[1] = (-2.6 if inner else -1.9) * arch if upper else (-0.9 if inner else -1.2) * oval
-        relax[1] = 0.33 * self.smile * side
-        return d
+    def aside(self, share: float, t: np.ndarray) -> np.ndarray:
+        "Movement to the picture's right at t = -1..1 of the mouth: by a share of its width, or as far as the cheeks allow."
+        left, right = (min(1.0, o / max(abs(share) * self.lips.half, 1e-6)) for o in self.reach)
+        return share * self.lips.half * t * (left + (right - left) * smooth_step(t, -0.5, 0.5))
+
+# %% ../nbs/33_lips.ipynb #98d7034a
+@patch
+def lip(self: Movements,
+    x: np.ndarray,   # mm
+    upper: bool,     # of the upper lip?
+    inner: bool,     # on its inner edge?
+) -> np.ndarray:     # (len(x), 9, 2)
+    "Movement of points on one lip edge."
+    lips, d = self.lips, np.zeros((len(x), 1 + len(MOUTH), 2))
+    t = (x - lips.centre) / lips.half
+    span = 1.0 if inner else 1.12
+    arch = np.clip(1 - (t / span) ** 2, 0, 1)
+    oval, side = arch ** 0.5, 1 - arch
+    gap = np.interp(x, lips.x, lips.gap)
+    close, jaw, raised, lowered, wide, round_, press, tuck, relax = d.transpose(1, 2, 0)
+    close[0] = self.aside(-self.narrow, t)
+    close[1] = (self.meet if upper else self.meet - 1) * gap * (1 if inner else 0.72 if upper else 0.6)
+    if inner and lips.parted: close[1] += (0.2 if upper else -0.2) * np.clip(gap, 0, 1)
+    close[1] += 0.22 * self.curve * side * lips.parted
+    jaw[0] = self.aside(-0.10, t)
+    jaw[1] = JAW_MM * (0.26 * (1 - oval) if upper else 0.26 + (0.74 if inner else 0.70) * oval)
+    if upper: raised[1] = -3.5 * arch * (1 if inner else 0.75)
+    else: lowered[1] = 4.0 * oval * (1 if inner else 0.85)
+    wide[0], wide[1] = self.aside(0.13, t), -0.9 * side + (0 if inner else 0.5 if upper else -0.7) * arch
+    round_[0] = self.aside(-min(0.26, 7 / lips.half), t) * (1 if inner else 0.9)
+    round_[1] = 0.5 * self.curve * side
+    round_[1] += arch * ((0.6 if upper else 0.9) if inner else (-0.9 if upper else 1.5))
+    press[1] = (0.8 if upper else -1.0) * (0.35 + 0.65 * oval) if inner else (0.9 if upper else -0.5) * arch
+    tuck[0] = 0 if upper else self.aside(-0.03, t)
+    tuck[1] = (-2.6 if inner else -1.9) * arch if upper else (-0.9 if inner else -1.2) * oval
+    relax[1] = 0.33 * self.smile * side
+    return d
 
 # %% ../nbs/33_lips.ipynb #c75cc53b
 def thin_plate(

@@ -234,15 +234,16 @@ class Rig:
         self._lever = self._grid - self.axes.image(np.array([(p[8, 0], chin + 12)]))[0].astype(np.float32)
 
 # %% ../nbs/33_rig.ipynb #98a9be73
-def _from(field: np.ndarray, q: np.ndarray, box: tuple[int, ...], step: int, rounds: int = 8) -> np.ndarray:
+def _from(field: np.ndarray, q: np.ndarray, box: tuple[int, ...], step: int, plain: int = 5, damped: int = 8) -> np.ndarray:
     "Which way the skin seen at `q` came: d so that q + d is moved to q by the field, by fixed-point iteration."
     import cv2
     at = here = cells(q, box, step)
-    for _ in range(rounds):
+    for i in range(plain + damped):
         moved, last = cv2.remap(field, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT), at
         at = cv2.scaleAdd(moved, -1 / step, here)
         if cv2.norm(at, last, cv2.NORM_INF) * step < 0.05: break
-    return -moved
+        if i >= plain: at = cv2.addWeighted(at, 0.5, last, 0.5, 0)  # where skin is stretched most it would swing forever
+    return (at - here) * np.float32(step)
 
 def _finer(a: np.ndarray, step: int) -> np.ndarray:
     "From every `step`-th pixel to every pixel."

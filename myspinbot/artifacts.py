@@ -17,7 +17,8 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from fastcore.basics import patch
 
-from .core import ConfigError, InputError, NotFound, ServiceUnavailable, Settings, hash_file, orphaned, process_tag
+from .core import ConfigError, InputError, NotFound, ServiceUnavailable, Settings, atomic_write, hash_file, process_tag
+from .core import sweep_orphans
 from .content import HEAD, media_type_of
 from .schema import Artifact
 
@@ -98,16 +99,10 @@ def whole_file(
     parts: Path | None = None,  # where it is unfinished: a folder of the same file system; None: beside it
 ) -> Iterator[BinaryIO]:
     "Write a file that appears only when it is complete; raises `ServiceUnavailable` when the disk does not take it."
-    tmp = (parts or path.parent) / f".{path.name[:60]}.{secrets.token_hex(4)}{process_tag()}.part"
     try:
-        for d in (path.parent, tmp.parent): d.mkdir(parents=True, exist_ok=True)
-        with open(tmp, "xb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
+        for d in (path.parent, parts or path.parent): d.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, parts) as part, open(part, "xb") as f: yield f
     except OSError as e: raise disk_error(path.parent, e) from e
-    finally: tmp.unlink(missing_ok=True)
 
 def copy_hashed(
     source: BinaryIO,
@@ -196,9 +191,7 @@ class LocalStore:
 
     def sweep(self) -> int:
         "Remove the unfinished files of writers that died."
-        left = [o for o in (self.root / "tmp").glob("*-*@*") if orphaned(o.name)]
-        for o in left: o.unlink(missing_ok=True)
-        return len(left)
+        return sweep_orphans(self.root / "tmp")
 
 # %% ../nbs/13_artifacts.ipynb #5aa987cd
 def place(

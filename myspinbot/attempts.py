@@ -17,8 +17,8 @@ from fastcore.basics import patch
 
 from .core import FenceLost
 from .pg import Connections
-from .schema import Artifact, StepRow
-from .tables import PRIORITIES, step_of, to_pg
+from .schema import PRIORITIES, Artifact, StepRow
+from .tables import step_of, to_pg
 
 MAX_LOST = 3  # a step that took so many workers with it is poison
 JOB_LIVE = "('queued', 'running', 'waiting')"

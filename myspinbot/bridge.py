@@ -21,8 +21,8 @@ from pydantic import ValidationError
 
 from .core import ServiceUnavailable, masked
 from .keys import (BODY, BURY, CANCEL, DEAD, DEAD_MAXLEN, DONE, EPOCH, FINISH, FORGET, GROUP, HAND_BACK, JOBS,
-    JOBS_GROUP, JOBS_MAXLEN, OWN, PREFIX, PRIORITIES, READ, RECLAIM, RENEW, SILENT, split_stream, work_stream)
-from .schema import Priority, StepMessage
+    JOBS_GROUP, JOBS_MAXLEN, OWN, PREFIX, READ, RECLAIM, RENEW, SILENT, split_stream, work_stream)
+from .schema import PRIORITIES, Priority, StepMessage
 
 # %% ../nbs/11_bridge.ipynb #48698620
 @dataclass(frozen=True, slots=True)
@@ -106,19 +106,16 @@ class Bridge:
         self._reader.set_response_callback("XREADGROUP", lambda reply, **_: reply)
         self._grouped: set[str] = set()
         self._turn = counter()
-        self._shas: dict[str, str] = {}
+        self._scripts: dict[str, Any] = {}
         self._ends: deque[tuple[str, str, str, Future[bool]]] = deque()  # stream, id, hint
         self._ending = threading.Lock()
 
     def _errors(self, operation: str) -> AbstractContextManager[None]: return redis_errors(self.url, operation)
 
     def _script(self, client: Any, source: str, keys: Sequence[str], *args: Any) -> Any:
-        "EVALSHA; a server that does not know the script gets its source."
-        import hashlib
-        from redis.exceptions import NoScriptError
-        sha = self._shas.get(source) or self._shas.setdefault(source, hashlib.sha1(source.encode()).hexdigest())
-        try: return client.execute_command("EVALSHA", sha, len(keys), *keys, *args)
-        except NoScriptError: return client.execute_command("EVAL", source, len(keys), *keys, *args)
+        "Run a Lua script; a server that does not know it gets its source."
+        script = self._scripts.get(source) or self._scripts.setdefault(source, self._redis.register_script(source))
+        return script(keys, args, client)
 
     def _streams(self, queues: Sequence[str]) -> list[str]:
         "Work streams, high before normal before low; the queues take turns in being first."

@@ -12,6 +12,7 @@ __all__ = ['Place', 'refs_in', 'needs_of', 'dependencies', 'topological', 'match
 # %% ../nbs/03_check.ipynb #1ffff806
 import json, re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +56,12 @@ def topological(
     needs: Mapping[str, Iterable[str]],  # as `dependencies` gives it
 ) -> list[str]:  # each after all that it needs, otherwise in the given order
     "Node ids in an order in which they could run; raises `GraphError` that names a cycle."
-    left, users = {id: len(set(o)) for id, o in needs.items()}, {id: [] for id in needs}
-    for id, names in needs.items():
-        for o in set(names): users[o].append(id)
-    order = [id for id, n in left.items() if not n]
-    for id in order:  # grows while it is walked
-        for user in users[id]:
-            left[user] -= 1
-            if not left[user]: order.append(user)
-    if len(order) == len(needs): return order
-    at, path = next(id for id, n in left.items() if n), []
-    while at not in path:
-        path.append(at)
-        at = next(o for o in needs[at] if left[o])
-    cycle = [*path[path.index(at):], at][::-1]
-    raise GraphError(f"The steps form a cycle: {' -> '.join(cycle)}.", "Remove one of these edges.", cycle=cycle)
+    order = TopologicalSorter(dict.fromkeys(needs, ()))  # all of them first: they come out in the order in which they went in
+    for id, names in needs.items(): order.add(id, *names)
+    try: return [*order.static_order()]
+    except CycleError as e:
+        cycle = e.args[1]
+        raise GraphError(f"The steps form a cycle: {' -> '.join(cycle)}.", "Remove one of these edges.", cycle=cycle) from e
 
 # %% ../nbs/03_check.ipynb #af12f986
 def matches(

@@ -18,7 +18,7 @@ from .core import InputError, NotFound, ServiceUnavailable, Settings, SpinError,
 from .check import by_content, check_key, read_graph, resolve_params, store_files, validate_graph
 from .graph import Pipeline
 from .plan import downstream
-from .schema import JOB_END, Artifact, Event, Graph, Job, StepRow, show_value
+from .schema import JOB_END, Artifact, Event, Graph, Job, StepRow, check_priority, show_value
 from .why import reasons
 
 # %% ../nbs/40_client.ipynb #313eef12
@@ -97,8 +97,7 @@ def accept(self: Client,
     priority: str = "normal", idempotency_key: str | None = None, parent: str | None = None, fresh: tuple[str, ...] = (),
 ) -> Job:
     "Check, store the files, write the job down, tell the conductor."
-    if priority not in ("high", "normal", "low"): raise InputError(f"priority is {show_value(priority)}.",
-        "Use high, normal or low.")
+    check_priority(priority)
     for key, what in ((idempotency_key, "idempotency key"), (parent, "parent")): check_key(key, what)
     g, given = by_content(graph, given, self.store, self.catalogue.steps(), strict)
     validate_graph(g, self.catalogue)

@@ -7,11 +7,13 @@ __all__ = ['whole_text', 'each_text', 'mended', 'printable', 'printable_json', '
            'secret_variable', 'SpinError', 'InputError', 'GraphError', 'ConfigError', 'NotFound', 'StepFailed',
            'GateFailed', 'Cancelled', 'ResourceLimit', 'FenceLost', 'AccessDenied', 'Conflict', 'ServiceUnavailable',
            'KernelDied', 'StepTimeout', 'error_from_dict', 'as_spin_error', 'canonical_json', 'hash_bytes', 'hash_json',
-           'hash_file', 'new_id', 'process_tag', 'orphaned', 'own_folder', 'Settings', 'settings']
+           'hash_file', 'new_id', 'process_tag', 'orphaned', 'sweep_orphans', 'atomic_write', 'own_folder', 'Settings',
+           'settings']
 
 # %% ../nbs/00_core.ipynb #999b9cd0
-import hashlib, json, math, os, re, secrets, socket
-from collections.abc import Callable, Mapping
+import hashlib, json, math, os, re, secrets, shutil, socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -220,6 +222,33 @@ def orphaned(
     except ProcessLookupError: return True
     except (PermissionError, OverflowError): return False
     return False
+
+def sweep_orphans(
+    folder: Path,  # where temporary files and folders lie
+) -> int:
+    "Remove what processes left that have ended; how many."
+    left = [o for o in folder.glob("*-*@*") if orphaned(o.name)]
+    for o in left:
+        if o.is_dir(): shutil.rmtree(o, ignore_errors=True)
+        else: o.unlink(missing_ok=True)
+    return len(left)
+
+# %% ../nbs/00_core.ipynb #19c5b93c
+@contextmanager
+def atomic_write(
+    path: str | Path,
+    folder: Path | None = None,  # where it is unfinished: a folder of the same file system; None: beside it
+    durable: bool = True,        # wait until the disk has it
+) -> Iterator[Path]:  # where to write
+    "A file that takes the place of `path` when the block ends; after an error everything is as it was."
+    path = Path(path)
+    part = (folder or path.parent) / f".{path.name[:20]}.{secrets.token_hex(4)}{process_tag()}.part"
+    try:
+        yield part
+        if durable:
+            with open(part, "rb") as f: os.fsync(f.fileno())
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #9c1e7b02
 def own_folder(

@@ -40,7 +40,7 @@ def new_token(
     part = path.with_name(f".token-{secrets.token_hex(4)}")
     with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f: f.write(f"{token}\n")
     if not replace:
-        with suppress(FileExistsError): os.link(part, path)
+        with suppress(FileExistsError): os.link(part, path)  # unlike a rename, a link leaves what is there
         part.unlink()
     else: os.replace(part, path)
     return read_token(cfg)

@@ -22,7 +22,7 @@ from urllib.parse import quote
 import psutil
 from fastcore.basics import patch
 
-from .core import ConfigError, ServiceUnavailable, new_id, own_folder
+from .core import ConfigError, ServiceUnavailable, atomic_write, new_id, own_folder
 from .logs import rotate
 
 # %% ../nbs/15_embedded.ipynb #b18f6fb9
@@ -323,8 +323,7 @@ def prepare(self: Embedded) -> None:
 @patch
 def note(self: Embedded, file: Path, folder: Path) -> None:
     "Write down the place of a folder, whole."
-    (tmp := file.with_suffix(".part")).write_text(json.dumps(dict(folder=str(folder))))
-    os.replace(tmp, file)
+    with atomic_write(file) as part: part.write_text(json.dumps(dict(folder=str(folder))))
 
 # %% ../nbs/15_embedded.ipynb #2af0e6b1
 @patch

@@ -29,6 +29,7 @@ from myspinbot.core import (
     SpinError,
     StepFailed,
     StepTimeout,
+    atomic_write,
     error_from_dict,
     hash_json,
     whole_text,
@@ -391,15 +392,7 @@ def notebook_bytes(nb: Any) -> bytes:
 
 def save_notebook(nb: Any, path: str | Path) -> None:
     "Write all or nothing, and wait until the disk has it."
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        with open(part, "wb") as f:
-            f.write(notebook_bytes(nb))
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(path)
-    finally: part.unlink(missing_ok=True)
+    with atomic_write(path) as part: part.write_bytes(notebook_bytes(nb))
 
 # %% ../nbs/22_engine.ipynb #c30b5502
 def own_kernel(

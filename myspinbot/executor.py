@@ -21,7 +21,7 @@ import myspinbot
 from .artifacts import Store, media_type_of, safe_name
 from .catalogue import Catalogue, did_you_mean
 from .content import HEAD
-from .core import Cancelled, InputError, ServiceUnavailable, SpinError, StepFailed, mended, orphaned, process_tag
+from .core import Cancelled, InputError, ServiceUnavailable, SpinError, StepFailed, mended, process_tag, sweep_orphans
 from .engine import RunRecord, run_notebook
 from .pool import KernelPool
 from .source import is_installed, owners
@@ -218,8 +218,7 @@ class Executor:
 
     def sweep(self) -> None:
         "Remove what attempts left whose process was killed, and what died while it wrote into the store."
-        for old in self.scratch.glob("*-*@*"):
-            if orphaned(old.name): shutil.rmtree(old, ignore_errors=True)
+        sweep_orphans(self.scratch)
         with contextlib.suppress(ServiceUnavailable): self.store.sweep()
 
     def run(self,

@@ -13,9 +13,9 @@ from typing import Any
 from fastcore.basics import patch
 
 from .attempts import AGAIN, EXPIRED, JOB_LIVE, LEASE, STEP_ENDED, Attempts
-from .core import Conflict, InputError, NotFound, ServiceUnavailable, hash_json, new_id
-from .schema import Event, Graph, Job, StepRow, dump_value
-from .tables import PRIORITIES, event_of, job_of, mended, migrate, to_pg
+from .core import Conflict, NotFound, ServiceUnavailable, hash_json, new_id
+from .schema import PRIORITIES, Event, Graph, Job, StepRow, check_priority, dump_value
+from .tables import event_of, job_of, mended, migrate, to_pg
 
 # %% ../nbs/14_journal.ipynb #5a8afad0
 class Journal(Attempts):
@@ -36,8 +36,7 @@ def submit(self: Journal,
     id: str | None = None,                # choose the id, to be able to repeat a submit
 ) -> Job:
     "Accept a job; raises `InputError` for what cannot be stored and `Conflict` for a key that was used otherwise."
-    if priority not in PRIORITIES:
-        raise InputError(f"Unknown priority {priority!r}.", f"Use one of {', '.join(PRIORITIES)}.")
+    check_priority(priority)
     to_pg(dict(idempotency_key=idempotency_key, parent=parent, id=id))
     body, values, id = to_pg(graph), to_pg(dict(params)), id or new_id()
     plain = graph.to_json()

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import structlog
 
-from .core import masked, printable, settings
+from .core import atomic_write, masked, printable, settings
 
 # %% ../nbs/05_logs.ipynb #05d00005
 def plain_values(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
@@ -96,14 +96,11 @@ def rotate(
     try: size = path.stat().st_size
     except FileNotFoundError: return False
     if size <= most: return False
-    part = path.with_suffix(".part")
     try:
-        with open(path, "rb") as old, open(part, "wb") as new:
+        with atomic_write(path.with_suffix(".old.log"), durable=False) as part, open(path, "rb") as old, open(part, "wb") as new:
             old.seek(max(0, size - most))
             shutil.copyfileobj(old, new, 1 << 20)
-        os.replace(part, path.with_suffix(".old.log"))
         os.truncate(path, 0)
-    except OSError:  # a full disk: the older file goes first
-        with suppress(OSError): part.unlink()
+    except OSError:  # a full disk: the older file stays, and the rest is lost
         with suppress(OSError): os.truncate(path, 0)
     return True

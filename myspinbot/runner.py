@@ -7,7 +7,7 @@ __all__ = ['Execute', 'run_task', 'run_graph', 'Context', 'run_control', 'contro
            'LocalJob']
 
 # %% ../nbs/25_runner.ipynb #8272d255
-import asyncio, json, os, threading
+import asyncio, json, threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,8 +16,8 @@ from typing import Any
 
 from .artifacts import LocalStore
 from .catalogue import Catalogue
-from .core import Cancelled, ConfigError, Settings, SpinError, as_spin_error, canonical_json, hash_json, new_id, settings
-from .core import whole_text
+from .core import Cancelled, ConfigError, Settings, SpinError, as_spin_error, atomic_write, canonical_json, hash_json, new_id
+from .core import settings, whole_text
 from .executor import Executor, RunContext, StepResult, completed
 from .check import by_content, resolve_params, store_files, validate_graph
 from .plan import Plan, Result, Task, input_hash, job_error, outputs
@@ -154,9 +154,7 @@ class LocalRunner:
     def _write(self, f: Path, value: Any) -> None:
         "JSON, whole or not at all."
         f.parent.mkdir(parents=True, exist_ok=True)
-        tmp = f.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
-        tmp.write_text(whole_text(canonical_json(value)), encoding="utf-8")
-        tmp.replace(f)
+        with atomic_write(f, durable=False) as part: part.write_text(whole_text(canonical_json(value)), encoding="utf-8")
 
     def _read(self, f: Path) -> Any:
         try: return json.loads(f.read_bytes())

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'MAX_BYTES', 'MAX_VALUES', 'MAX_PIXELS', 'MEDIA', 'SCALARS', 'Name', 'Ref', 'Op', 'JobStatus',
-           'StepStatus', 'JOB_END', 'STEP_OK', 'STEP_END', 'Priority', 'EventKind', 'Wire', 'show_value',
+           'StepStatus', 'JOB_END', 'STEP_OK', 'STEP_END', 'Priority', 'PRIORITIES', 'EventKind', 'Wire', 'show_value',
            'text_problem', 'check_json', 'Image', 'Audio', 'Video', 'Data', 'port_type', 'is_media', 'Port', 'Artifact',
            'Needs', 'StepSpec', 'ParamRef', 'PortRef', 'Condition', 'parse_value', 'revive', 'dump_value', 'Node',
-           'Graph', 'Job', 'StepRow', 'Event', 'StepMessage']
+           'Graph', 'check_priority', 'Job', 'StepRow', 'Event', 'StepMessage']
 
 # %% ../nbs/01_schema.ipynb #70e4564f
 import math, reprlib
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
@@ -270,6 +270,13 @@ JOB_END: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 STEP_OK: frozenset[str] = frozenset({"succeeded", "cached"})
 STEP_END: frozenset[str] = frozenset({"succeeded", "cached", "failed", "cancelled", "skipped"})
 Priority = Literal["high", "normal", "low"]
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)  # from the first to the last; a row of the journal holds the index
+
+def check_priority(priority: str) -> str:
+    "The same; raises `InputError` for one that does not exist."
+    if priority not in PRIORITIES:
+        raise InputError(f"Unknown priority {show_value(priority)}.", f"Use one of {', '.join(PRIORITIES)}.")
+    return priority
 
 class Job(Wire):
     "One submission of a graph."

@@ -14,7 +14,7 @@ from typing import Any, IO
 import psutil, structlog
 
 from .client import service_settings
-from .core import Conflict, ServiceUnavailable, Settings, SpinError, own_folder, settings
+from .core import Conflict, ServiceUnavailable, Settings, SpinError, atomic_write, own_folder, settings
 from .doors import Door
 from .embedded import Embedded
 from .logs import rotate
@@ -125,9 +125,7 @@ class Stack:
         "Write the state file, whole."
         procs = [(c.name, c.proc.pid) for c in self.children if c.proc]
         kids = [dict(name=n, pid=p, started=psutil.Process(p).create_time()) for n, p in procs if psutil.pid_exists(p)]
-        tmp = self.state_file.with_suffix(".tmp")
-        tmp.write_text(json.dumps(self.state | dict(children=kids), indent=1))
-        tmp.replace(self.state_file)
+        with atomic_write(self.state_file) as part: part.write_text(json.dumps(self.state | dict(children=kids), indent=1))
 
 # %% ../nbs/46_services.ipynb #bcdce97c
 def sweep(state_file: Path) -> None:

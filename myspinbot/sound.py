@@ -6,13 +6,13 @@
 __all__ = ['write_wav', 'read_wav', 'LoudnessMeter', 'limit_peaks']
 
 # %% ../nbs/30_sound.ipynb #c4277dc4
-import os, wave
+import wave
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from .core import InputError, new_id
+from .core import InputError, atomic_write
 
 # %% ../nbs/30_sound.ipynb #8115c23b
 def write_wav(
@@ -21,16 +21,11 @@ def write_wav(
     rate: int,                    # Hz
 ) -> None:
     "Write 16-bit WAV; the file appears whole or not at all."
-    path = Path(path)
-    tmp = path.with_name(f".{new_id('wav')}")
-    try:
-        with wave.open(str(tmp), "wb") as w:
-            w.setnchannels(1)
-            w.setsampwidth(2)
-            w.setframerate(rate)
-            for x in parts: w.writeframes(np.round(np.clip(x, -1, 1) * 32767).astype("<i2").tobytes())
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    with atomic_write(path, durable=False) as part, wave.open(str(part), "wb") as w:
+        w.setnchannels(1)
+        w.setsampwidth(2)
+        w.setframerate(rate)
+        for x in parts: w.writeframes(np.round(np.clip(x, -1, 1) * 32767).astype("<i2").tobytes())
 
 def read_wav(
     path: str | Path,

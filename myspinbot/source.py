@@ -9,7 +9,7 @@ __all__ = ['MAX_NOTEBOOK', 'MAX_SOURCE', 'CONTRACT', 'NotebookError', 'read_note
            'gather', 'unchanged', 'settled', 'sources_of', 'beside', 'modules_of', 'modules_hash']
 
 # %% ../nbs/02_source.ipynb #1d019f87
-import ast, contextlib, getopt, io, json, os, re, secrets, shlex, site, stat, sys, sysconfig, time, tokenize, zipfile
+import ast, contextlib, getopt, io, json, os, re, shlex, site, stat, sys, sysconfig, time, tokenize, zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,7 +18,7 @@ from importlib.metadata import PathDistribution
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .core import NotFound, SpinError, hash_bytes, hash_file, hash_json, settings
+from .core import NotFound, SpinError, atomic_write, hash_bytes, hash_file, hash_json, settings
 from .schema import show_value
 
 # %% ../nbs/02_source.ipynb #42a9fd3d
@@ -437,11 +437,7 @@ def remember(path: str, state: tuple[int | str, ...], facts: Facts) -> None:
         file = _note_file(path)
         if not settings().home.is_dir(): return
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{secrets.token_hex(4)}")
-        try:
-            part.write_bytes(_notes().dump_json(_Note(state, facts)))
-            part.replace(file)
-        finally: part.unlink(missing_ok=True)
+        with atomic_write(file, durable=False) as part: part.write_bytes(_notes().dump_json(_Note(state, facts)))
 
 # %% ../nbs/02_source.ipynb #2883c716
 _BRINGS = re.compile(r"^([^\W\d]\w*)(?:/|\.[^/,\n]*,)", re.M)

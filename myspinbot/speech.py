@@ -7,7 +7,7 @@ __all__ = ['SILENCE', 'patched_voice', 'Voice', 'load_voice', 'synthesize', 'tid
            'opening_curve', 'plot_speech', 'word_table', 'phoneme_table']
 
 # %% ../nbs/31_speech.ipynb #79b51c36
-import html, io, json, os, tempfile
+import html, io, json, tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .core import ConfigError, InputError, hash_file, new_id, settings
+from .core import ConfigError, InputError, atomic_write, hash_file, settings
 from .reading import Unit, cut_units, find_pronunciations, for_espeak, read_aloud, read_pronunciations, spoken_text
 from .sound import LoudnessMeter, limit_peaks, read_wav, write_wav
 from .text import Piece, demand_latin, name_signs, plain_text, split_sentences
@@ -60,9 +60,7 @@ def patched_voice(
     m = onnx.load(str(model))
     _patch(m)
     cache.mkdir(parents=True, exist_ok=True)
-    tmp = out.with_name(new_id("tmp"))
-    onnx.save(m, str(tmp))
-    os.replace(tmp, out)
+    with atomic_write(out) as part: onnx.save(m, str(part))
     return out
 
 # %% ../nbs/31_speech.ipynb #715d6cf5

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from .core import ConfigError, InputError, NotFound, StepFailed, canonical_json, mended, whole_text
+from .core import ConfigError, InputError, NotFound, StepFailed, atomic_write, canonical_json, mended, whole_text
 from .pixels import BROKEN, decode, open_picture
 from .schema import Audio, Data, Image, Video, is_media, port_type, text_problem
 
@@ -241,9 +241,8 @@ def output(self: Step,
         kind = "Data" if isinstance(value, Path) else "any"
         if self._declared is not None: kind = port_type(self._declared[name])
         self._results[name] = self._checked(name, kind, value)
-    part = self.folder / f".outputs.{os.getpid()}"
-    part.write_text(whole_text(canonical_json(self._results)), encoding="utf-8")
-    part.replace(self.folder / "outputs.json")
+    with atomic_write(self.folder / "outputs.json", durable=False) as part:
+        part.write_text(whole_text(canonical_json(self._results)), encoding="utf-8")
     if self._held: self._tell()
 
 # %% ../nbs/20_step.ipynb #b7ed79f9

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .core import ConfigError, InputError, hash_bytes
+from .core import ConfigError, InputError, atomic_write, hash_bytes
 from .face import load_landmarks
 from .matte import load_cutout
 from .picture import on_grey
@@ -201,7 +201,7 @@ def render(
 ) -> TalkReport:
     "Render the talking portrait; raises `InputError` if track and sound differ in length."
     seconds = sound_seconds(audio_path)
-    n, out = frame_count(seconds, fps), Path(out_path)
+    n = frame_count(seconds, fps)
     if track.fps != fps or len(track) != n:
         raise InputError(f"The track has {len(track)} frames at {track.fps} a second, the sound needs {n} at {fps}.",
                          f"Make it with mouth_track(phonemes, {fps}, {n}).")
@@ -209,17 +209,14 @@ def render(
         raise InputError(f"The portrait is {rig.size}x{rig.size}; H.264 needs an even size.", "Prepare it again.")
     blocks = wav_blocks(audio_path)
     first, rate = next(blocks)
-    part = out.with_name(f".{out.name}.part")
-    try:
-        with closing(_drawn(rig, track)) as frames, VideoWriter(part, rig.size, fps, rate, alpha=rig.alpha is not None) as video:
-            video.sound(first, rate)
-            for i, frame in enumerate(frames):
-                video.picture(frame)
-                while video.samples / rate < (i + 2) / fps and (block := next(blocks, None)): video.sound(*block)
-                if on_progress and (i % fps == fps - 1 or i == n - 1): on_progress((i + 1) / n, on_grey(frame))
-            for block in blocks: video.sound(*block)
-        part.replace(out)
-    finally: part.unlink(missing_ok=True)
+    with (atomic_write(out_path, durable=False) as part, closing(_drawn(rig, track)) as frames,
+          VideoWriter(part, rig.size, fps, rate, alpha=rig.alpha is not None) as video):
+        video.sound(first, rate)
+        for i, frame in enumerate(frames):
+            video.picture(frame)
+            while video.samples / rate < (i + 2) / fps and (block := next(blocks, None)): video.sound(*block)
+            if on_progress and (i % fps == fps - 1 or i == n - 1): on_progress((i + 1) / n, on_grey(frame))
+        for block in blocks: video.sound(*block)
     return TalkReport(frames=n, fps=fps, size=rig.size, seconds=n / fps, sound_seconds=seconds)
 
 # %% ../nbs/33_talk.ipynb #f3a4d7ee

@@ -17,7 +17,8 @@ from world import World, wait_for
 
 from myspinbot.client import Client
 from myspinbot.embedded import redis_answers
-from myspinbot.keys import GROUP, JOBS, JOBS_GROUP, PRIORITIES
+from myspinbot.keys import GROUP, JOBS, JOBS_GROUP
+from myspinbot.schema import PRIORITIES
 
 
 def kill_redis(w: World) -> None:

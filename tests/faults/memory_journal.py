@@ -8,10 +8,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from myspinbot.attempts import MAX_LEASE_S, MAX_LOST, Place, fenced, step_params
-from myspinbot.core import Conflict, FenceLost, InputError, NotFound, hash_json, new_id
+from myspinbot.core import Conflict, FenceLost, NotFound, hash_json, new_id
 from myspinbot.journal import Journal
-from myspinbot.schema import JOB_END, STEP_END, Artifact, Event, Graph, Job, StepRow, dump_value, parse_value
-from myspinbot.tables import PRIORITIES, mended, to_pg
+from myspinbot.schema import JOB_END, PRIORITIES, STEP_END, Artifact, Event, Graph, Job, StepRow
+from myspinbot.schema import check_priority, dump_value, parse_value
+from myspinbot.tables import mended, to_pg
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 JOB_FIELDS, STEP_FIELDS = tuple(Job.model_fields), tuple(StepRow.model_fields)
@@ -112,7 +113,7 @@ class MemoryJournal:
     def submit(self, graph: Graph, params: Mapping[str, Any], *, priority: str = "normal", idempotency_key: str | None = None,
                parent: str | None = None, fresh: Sequence[str] = (), id: str | None = None) -> Job:
         self.transaction += 1
-        if priority not in PRIORITIES: raise InputError(f"Unknown priority {priority!r}.")
+        check_priority(priority)
         to_pg(dict(params, idempotency_key=idempotency_key, parent=parent, id=id))
         id, plain = id or self.new_id(), graph.to_json()
         request = hash_json([plain, dump_value(dict(params)), list(fresh)])

@@ -275,7 +275,7 @@ PRIORITIES: tuple[Priority, ...] = get_args(Priority)  # from the first to the l
 def check_priority(priority: str) -> str:
     "The same; raises `InputError` for one that does not exist."
     if priority not in PRIORITIES:
-        raise InputError(f"Unknown priority {show_value(priority)}.", f"Use one of {', '.join(PRIORITIES)}.")
+        raise InputError(f"Unknown priority {show_value(priority)}.", f"Use {', '.join(PRIORITIES[:-1])} or {PRIORITIES[-1]}.")
     return priority
 
 class Job(Wire):

@@ -34,6 +34,7 @@ def _hushed() -> Iterator[None]:
             os.dup2(kept, 2)
             for o in (kept, nowhere): os.close(o)
 
+# %% ../nbs/31_mesh.ipynb #e4baa6f6
 class Network:
     "One network of MediaPipe's, on one core; threads that call it at the same time get a copy each."
     def __init__(self,

@@ -4,7 +4,7 @@ import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
@@ -43,13 +43,14 @@ setup(
     author=cfg["author"], author_email=cfg["author_email"], keywords=cfg["keywords"].split(),
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
     long_description_content_type="text/markdown",
-    packages=["myspinbot"], cmdclass={"build_py": BuildWithNotebooks, "sdist": SdistWithNotebooks},
+    packages=find_packages(include=["myspinbot", "myspinbot.*"]),
+    cmdclass={"build_py": BuildWithNotebooks, "sdist": SdistWithNotebooks},
     python_requires=cfg["python"],
     install_requires=lines("requirements") + lines("media_requirements") + lines("embedded_requirements"),
     extras_require={"dev": lines("dev_requirements")},
     entry_points={
-        "console_scripts": ["myspinbot=myspinbot.cli:main"],
-        "papermill.engine": ["spin=myspinbot.engine:SpinEngine"],
-        "myspinbot.control": ["script=myspinbot.llm"],
+        "console_scripts": ["myspinbot=myspinbot.cli.app:main"],
+        "papermill.engine": ["spin=myspinbot.executor.engine:SpinEngine"],
+        "myspinbot.control": ["script=myspinbot.control.script"],
     },
 )

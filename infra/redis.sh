@@ -1,6 +1,6 @@
 #!/bin/sh
 # Starts Redis with its configuration on standard input: no password stands on a command line or in the environment.
-# The user spin has the commands and the keys of nbs/10_keys, 11_bridge and 12_events, and nothing else.
+# The user spin has the commands and the keys of nbs/bridge/00_keys, bridge/01_streams and bridge/02_live, and nothing else.
 set -eu
 password=$(cat "${REDIS_PASSWORD_FILE:-/run/secrets/redis_password}")
 : "${password:?The password of Redis is empty: run infra/make-secrets.sh.}"

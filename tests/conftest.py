@@ -116,7 +116,7 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
 @pytest.fixture
 def journal(postgres_url: str) -> Iterator:
     "A journal with its tables."
-    from myspinbot.journal import Journal
+    from myspinbot.store.journal import Journal
     with closing(Journal(postgres_url)) as j:
         j.migrate()
         yield j
@@ -141,9 +141,9 @@ def api(tmp_path: Path, redis_url: str, postgres_url: str) -> Iterator[SimpleNam
     import httpx
     from farm import Farm, wait_for
 
-    from myspinbot.api import create_app
-    from myspinbot.doors import authorization, read_token
-    from myspinbot.limits import serve
+    from myspinbot.api.http import create_app
+    from myspinbot.api.doors import authorization, read_token
+    from myspinbot.api.limits import serve
     f = Farm(tmp_path / "home", redis_url, postgres_url, Path(__file__).parent / "pipelines")
     port, stop = free_port(), threading.Event()
     thread = threading.Thread(target=serve, args=(create_app(f.client), "127.0.0.1", port, stop), daemon=True)
@@ -161,7 +161,7 @@ def api(tmp_path: Path, redis_url: str, postgres_url: str) -> Iterator[SimpleNam
 
 
 PHOTO = """
-from myspinbot.graph import Pipeline
+from myspinbot.graph.builder import Pipeline
 from myspinbot.schema import Image
 p = Pipeline("photo", title="Photo")
 p.param("picture", Image, default="")
@@ -189,9 +189,9 @@ def voila(site: Any, request: pytest.FixtureRequest) -> Iterator[SimpleNamespace
     import httpx
     from farm import wait_for
 
-    from myspinbot.doors import authorization, read_token
+    from myspinbot.api.doors import authorization, read_token
     port = free_port()
-    command = [sys.executable, "-m", "myspinbot.cli", "dashboards", f"--port={port}"]
+    command = [sys.executable, "-m", "myspinbot", "dashboards", f"--port={port}"]
     env = os.environ | site.env | getattr(request, "param", {})
     with open(site.logs / "voila.log", "wb") as log:
         p = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from myspinbot.client import Client
+from myspinbot.api.client import Client
 from myspinbot.core import Settings
 
 HERE = Path(__file__).parent
@@ -27,8 +27,8 @@ def http_of(client: Client, **options: Any) -> Any:
     "The HTTP API on a client, in this process, for a caller who has the token."
     from starlette.testclient import TestClient
 
-    from myspinbot.api import create_app
-    from myspinbot.doors import authorization
+    from myspinbot.api.http import create_app
+    from myspinbot.api.doors import authorization
     app = create_app(client)
     return TestClient(app, base_url="http://127.0.0.1:8470", headers=authorization(client.cfg), **options)
 
@@ -37,7 +37,7 @@ class Farm:
     "Control and worker processes that a test starts, kills and looks into."
     def __init__(self, home: Path, redis_url: str, postgres_url: str, pipelines: Path, lease_s: float = 3.0,
         store_url: str = ""):
-        from myspinbot.catalogue import Catalogue
+        from myspinbot.graph.catalogue import Catalogue
         self.home, self.procs, self.logs = home, {}, home / "logs"
         self.logs.mkdir(parents=True)
         self.witness = home / "witness.txt"
@@ -51,7 +51,7 @@ class Farm:
                                      SPIN_WITNESS=str(self.witness))
         self.client = Client(self.cfg, Catalogue(pipelines))
 
-    def start(self, name: str, program: Sequence[str] = (sys.executable, "-m", "myspinbot.cli"),
+    def start(self, name: str, program: Sequence[str] = (sys.executable, "-m", "myspinbot"),
               **env: str) -> subprocess.Popen:
         "Start `control`, `api`, or a worker under any other name; each life of a name appends to one log."
         args = ["api"] if name == "api" else ["control"] if name.startswith("control") else ["worker", "--name", name]

@@ -18,7 +18,7 @@ PLUG = '''"""A control step from a package of its own."""
 import os
 import time
 
-from myspinbot.catalogue import ControlContext, control_step
+from myspinbot.graph.catalogue import ControlContext, control_step
 
 @control_step("noop.control", dict(value="int"))
 async def control(ctx: ControlContext, value: int = 0) -> dict:
@@ -33,7 +33,7 @@ async def effect(ctx: ControlContext, value: int = 0) -> dict:
     return dict(value=value + 1)
 '''
 PARAMETERS = 'job: str = ""   # whose step\nvalue: int = 0  # passed on, one larger'
-STEP = 'import os, time\nbegan = time.time()\nfrom myspinbot.step import Step\nstep = Step("noop.notebook")'
+STEP = 'import os, time\nbegan = time.time()\nfrom myspinbot import Step\nstep = Step("noop.notebook")'
 SAY = '''if where := os.environ.get("SPIN_WITNESS"):
     with open(where, "a") as f: f.write(f"{job} {value} {os.getpid()} {began:.6f}\\n")
 step.output(value=value + 1)'''

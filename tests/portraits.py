@@ -25,8 +25,8 @@ def hopper() -> np.ndarray:
 @lru_cache(maxsize=1)
 def marks() -> np.ndarray:
     "The astronaut's landmarks, the 68 of iBUG."
-    from myspinbot.face import choose_face, find_faces, refine_face
-    from myspinbot.mesh import ibug
+    from myspinbot.media.face import choose_face, find_faces, refine_face
+    from myspinbot.media.mesh import ibug
     return ibug(refine_face(astronaut(), choose_face(find_faces(astronaut()))[0])[1])
 
 

@@ -125,7 +125,7 @@ def test_catalogue_health_and_metrics(api: SimpleNamespace) -> None:
 
 
 def test_health_is_503_and_says_which_server_is_away(api: SimpleNamespace) -> None:
-    from myspinbot.bridge import Bridge
+    from myspinbot.bridge.streams import Bridge
     api.farm.client.bridge.close()
     api.farm.client.bridge = Bridge("redis://127.0.0.1:1/0")
     r = api.http.get("/health")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent / "faults"))
 from farm import wait_for
 from s3_front import S3Front
 
-from myspinbot.artifacts import LocalStore, S3Store, media_type_of, open_store
+from myspinbot.store.artifacts import LocalStore, S3Store, media_type_of, open_store
 from myspinbot.core import ConfigError, InputError, NotFound, ServiceUnavailable, hash_bytes, process_tag
 from myspinbot.schema import Artifact
 
@@ -74,7 +74,7 @@ def test_bytes_come_back_under_their_hash(store, tmp_path):
 
 
 def test_what_a_killed_writer_left_is_swept_and_a_living_ones_is_not(tmp_path):
-    store, part = LocalStore(tmp_path), 'from myspinbot.artifacts import LocalStore; import io, os, signal\n' \
+    store, part = LocalStore(tmp_path), 'from myspinbot.store.artifacts import LocalStore; import io, os, signal\n' \
         'class Dying(io.BytesIO):\n    def read(self, n=-1): return super().read(3) or os.kill(os.getpid(), signal.SIGKILL)\n'
     run = f"{part}LocalStore({str(tmp_path)!r}).put_stream(Dying(b'half a file'), None, 'x')"
     assert subprocess.run([sys.executable, "-c", run]).returncode == -9
@@ -278,7 +278,7 @@ def test_what_a_killed_download_left_in_the_cache_is_swept(s3_server, tmp_path):
     a = store.put_bytes(os.urandom(3 << 20))
     code = f"""
 import os, signal
-from myspinbot import artifacts
+from myspinbot.store import artifacts
 from myspinbot.schema import Artifact
 artifacts.copy_hashed = lambda source, target: target.write(source.read(1 << 20)) and os.kill(os.getpid(), signal.SIGKILL)
 store = artifacts.open_store({f"s3://k:s@{s3_server}/halves?secure=false"!r}, {str(tmp_path / "cache")!r})
@@ -336,7 +336,7 @@ def test_full_disk_is_a_clean_error(tmp_path):
     code = """
 import json, resource, signal, sys
 from pathlib import Path
-from myspinbot.artifacts import LocalStore
+from myspinbot.store.artifacts import LocalStore
 from myspinbot.core import ServiceUnavailable
 root = Path(sys.argv[1])
 store = LocalStore(root / "store")

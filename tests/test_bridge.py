@@ -14,10 +14,10 @@ import pytest
 import redis
 from conftest import SERVERS, free_port
 
-from myspinbot import bridge as bridge_module
-from myspinbot.bridge import BLOCK_MS, HINT_ALL, Bridge, Entry, MemoryBridge, open_bridge
+from myspinbot.bridge import streams as bridge_module
+from myspinbot.bridge.streams import BLOCK_MS, HINT_ALL, Bridge, Entry, MemoryBridge, open_bridge
 from myspinbot.core import InputError, ServiceUnavailable
-from myspinbot.keys import BODY, DEAD, GROUP, JOBS, JOBS_GROUP, work_stream
+from myspinbot.bridge.keys import BODY, DEAD, GROUP, JOBS, JOBS_GROUP, work_stream
 from myspinbot.schema import StepMessage
 
 NORMAL = work_stream("cpu", "normal")

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from myspinbot.catalogue import Catalogue, Declined, approve, catalogue, control_step, using
+from myspinbot.graph.catalogue import Catalogue, Declined, approve, catalogue, control_step, using
 from myspinbot.core import ConfigError, GraphError, NotFound, SpinError
 from myspinbot.schema import Image
 from myspinbot.source import NotebookError, package_dir
-from myspinbot.spec import load_step, parse_parameters, source_hash
+from myspinbot.graph.spec import load_step, parse_parameters, source_hash
 
 
 def write(path: Path, *cells: Any, meta: Any = None, **info: Any) -> Path:
@@ -117,9 +117,9 @@ def test_other_language_and_no_notebook_at_all(tmp_path: Path) -> None:
 def test_source_hash_follows_code_and_imported_modules_only(tmp_path: Path) -> None:
     def of(*cells: Any) -> str:
         return source_hash(write(tmp_path / f"{len(list(tmp_path.iterdir()))}.ipynb", *cells, id="a.b"))
-    base = of((None, "x = 1"), (None, "from myspinbot.graph import Pipeline"))
-    assert base == of("# Title", (None, "x = 1  # better said\n\n"), (None, "from myspinbot.graph import Pipeline"))
-    assert base != of((None, "x = 2"), (None, "from myspinbot.graph import Pipeline"))
+    base = of((None, "x = 1"), (None, "from myspinbot.graph.builder import Pipeline"))
+    assert base == of("# Title", (None, "x = 1  # better said\n\n"), (None, "from myspinbot.graph.builder import Pipeline"))
+    assert base != of((None, "x = 2"), (None, "from myspinbot.graph.builder import Pipeline"))
     assert of((None, "x = '#1'")) != of((None, "x = '#2'"))
     assert of((None, "import myspinbot.core")) != of((None, "import os"))
 
@@ -200,7 +200,7 @@ def test_declined_approval_is_an_error() -> None:
 
 def test_pipeline_is_built_by_its_tagged_cells_only(tmp_path: Path) -> None:
     add_step(tmp_path)
-    build = 'from myspinbot.graph import Pipeline\np = Pipeline("loud")\np.step("demo.shout", text=p.param("text"))'
+    build = 'from myspinbot.graph.builder import Pipeline\np = Pipeline("loud")\np.step("demo.shout", text=p.param("text"))'
     write(tmp_path / "loud.ipynb", ("parameters", 'text: str = "hi"'), ("pipeline", build), (None, "raise SystemExit"))
     write(tmp_path / "wrong.ipynb", ("pipeline", build.replace("text=", "txt=")))
     cat = Catalogue(tmp_path)

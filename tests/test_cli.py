@@ -16,14 +16,14 @@ from farm import wait_for
 
 from myspinbot.core import Settings
 from myspinbot.embedded import Embedded, RedisServer
-from myspinbot.services import Stack
+from myspinbot.cli.services import Stack
 
 ROOT = Path(__file__).parent.parent
 TOYS = ROOT / "tests" / "pipelines"
 
 
 def run(env, *args, code=0, timeout=120):
-    r = subprocess.run([sys.executable, "-m", "myspinbot.cli", *args], env=env, capture_output=True, text=True,
+    r = subprocess.run([sys.executable, "-m", "myspinbot", *args], env=env, capture_output=True, text=True,
         timeout=timeout, check=False, cwd=env.get("SPIN_HOME", "."))
     assert r.returncode == code, f"{args} ended with {r.returncode}\n{r.stdout}\n{r.stderr}"
     return r
@@ -149,7 +149,7 @@ def test_up_joins_drains_and_recovers_from_a_crash(tmp_path):
     (tmp_path / "spin").mkdir()
 
     def up():
-        p = subprocess.Popen([sys.executable, "-m", "myspinbot.cli", "up", "--json", "--no-dashboards"], env=env,
+        p = subprocess.Popen([sys.executable, "-m", "myspinbot", "up", "--json", "--no-dashboards"], env=env,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         return p, json.loads(p.stdout.readline())
 
@@ -163,7 +163,7 @@ def test_up_joins_drains_and_recovers_from_a_crash(tmp_path):
     p.send_signal(signal.SIGKILL)
     p.wait()
     q, _ = up()
-    assert not [k for k in kids if k.is_running() and "myspinbot.cli" in " ".join(k.cmdline())]
+    assert not [k for k in kids if k.is_running() and "-m myspinbot" in " ".join(k.cmdline())]
     assert last_json(run(env, "jobs", "--json"))[0]["status"] == "succeeded"
     assert last_json(run(env, "status", "--json"))["health"]["ok"]
     mine = psutil.Process(q.pid).children(recursive=True)
@@ -205,7 +205,7 @@ def test_a_supervisor_starts_long_logs_again(tmp_path, redis_url, postgres_url):
 def test_up_starts_a_killed_redis_and_postgres_again(tmp_path):
     env = os.environ | dict(SPIN_HOME=str(tmp_path / "spin"), SPIN_PIPELINES_DIR=str(TOYS), SPIN_CONTROL_PORT="0",
         SPIN_WITNESS=str(tmp_path / "w"))
-    p = subprocess.Popen([sys.executable, "-m", "myspinbot.cli", "up", "--json", "--no-dashboards"], env=env,
+    p = subprocess.Popen([sys.executable, "-m", "myspinbot", "up", "--json", "--no-dashboards"], env=env,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     servers = Embedded(tmp_path / "spin")
     try:
@@ -214,7 +214,7 @@ def test_up_starts_a_killed_redis_and_postgres_again(tmp_path):
             (old := which()).kill()
             wait_for("the servers are back", lambda which=which, old=old: (new := which()) and new.pid != old.pid
                      and servers.running(), 90)
-            ask = [sys.executable, "-m", "myspinbot.cli", "jobs"]  # PostgreSQL answers before it has replayed its log
+            ask = [sys.executable, "-m", "myspinbot", "jobs"]  # PostgreSQL answers before it has replayed its log
             wait_for("the journal answers", lambda ask=ask: subprocess.run(ask, env=env, capture_output=True).returncode == 0, 90)
             assert last_json(run(env, "submit", "fan", "--wait", "--json"))["status"] == "succeeded"
     finally:

@@ -63,7 +63,7 @@ def test_every_setting_is_one_that_the_program_reads(name: str, files: Path, tmp
 def test_every_command_is_one_of_ours(name: str) -> None:
     program, *args = OURS[name]["command"]
     assert program == "myspinbot"
-    command = [sys.executable, "-m", "myspinbot.cli", *args, "--help"]
+    command = [sys.executable, "-m", "myspinbot", *args, "--help"]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 

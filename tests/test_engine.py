@@ -28,10 +28,10 @@ from myspinbot.core import (
     StepFailed,
     StepTimeout,
 )
-from myspinbot.engine import RunRecord, _beginning, notebook_bytes, run_notebook, save_notebook
-from myspinbot.inside import _undisturbed
-from myspinbot.kernels import Kernel
-from myspinbot.pool import KernelPool
+from myspinbot.executor.engine import RunRecord, _beginning, notebook_bytes, run_notebook, save_notebook
+from myspinbot.executor.inside import _undisturbed
+from myspinbot.executor.kernel import Kernel
+from myspinbot.executor.pool import KernelPool
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 IN_MEMORY = {"start_time", "end_time", "duration", "input_path", "output_path", "version"}
@@ -471,7 +471,7 @@ def test_other_variables_of_the_owner_are_those_of_the_next_kernel(monkeypatch):
 # Nothing is left over
 
 def test_killed_owner_leaves_no_kernel_and_no_file():
-    code = ("import time; from myspinbot.pool import KernelPool; p = KernelPool(spare=1); k = p.acquire(['wave']);"
+    code = ("import time; from myspinbot.executor.pool import KernelPool; p = KernelPool(spare=1); k = p.acquire(['wave']);"
             "k.send('import time, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)');"
             "print(k.pid, p._launcher._process.pid, k.parent.folder, flush=True); time.sleep(600)")
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

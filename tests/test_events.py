@@ -10,8 +10,8 @@ import redis
 from conftest import SERVERS, free_port
 
 from myspinbot.core import InputError, ServiceUnavailable
-from myspinbot.events import LOG_BYTES, VALUE_BYTES, Events, MemoryEvents, open_events, trim
-from myspinbot.keys import event_channel, event_stream
+from myspinbot.bridge.live import LOG_BYTES, VALUE_BYTES, Events, MemoryEvents, open_events, trim
+from myspinbot.bridge.keys import event_channel, event_stream
 from myspinbot.schema import Event
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from myspinbot.artifacts import LocalStore
-from myspinbot.catalogue import Catalogue
+from myspinbot.store.artifacts import LocalStore
+from myspinbot.graph.catalogue import Catalogue
 from myspinbot.core import Cancelled, GateFailed, InputError, KernelDied, NotFound, ServiceUnavailable, StepFailed
-from myspinbot.executor import Executor, RunContext, StepResult
-from myspinbot.pool import KernelPool
+from myspinbot.executor.attempt import Executor, RunContext, StepResult
+from myspinbot.executor.pool import KernelPool
 from myspinbot.schema import Artifact, Event
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"

@@ -21,10 +21,10 @@ from farm import Farm, http_of, wait_for
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from myspinbot.client import Client
+from myspinbot.api.client import Client
 from myspinbot.core import InputError
-from myspinbot.doors import authorization
-from myspinbot.retention import sweep_store, unreferenced
+from myspinbot.api.doors import authorization
+from myspinbot.store.retention import sweep_store, unreferenced
 from myspinbot.schema import Artifact, Graph, Node, Port
 
 TOYS = Path(__file__).parent / "pipelines"
@@ -37,7 +37,7 @@ def served(farm: Callable[..., Farm], request: pytest.FixtureRequest) -> Iterato
     "`myspinbot api` in a process of its own; what its command line begins with as a parameter."
     f, port = farm(TOYS), free_port()
     before = getattr(request, "param", [])
-    p = f.start("api", [*before, sys.executable, "-m", "myspinbot.cli"], SPIN_CONTROL_PORT=str(port))
+    p = f.start("api", [*before, sys.executable, "-m", "myspinbot"], SPIN_CONTROL_PORT=str(port))
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=authorization(f.cfg), timeout=30) as http:
         yield SimpleNamespace(farm=f, port=port, http=http, process=psutil.Process(p.pid))
 
@@ -114,7 +114,7 @@ def test_half_sent_requests_exhaust_neither_files_nor_disk(served: SimpleNamespa
 
 
 def test_a_second_head_on_one_connection_has_a_deadline_too(api: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("myspinbot.limits.HEAD_S", 1.0)
+    monkeypatch.setattr("myspinbot.api.limits.HEAD_S", 1.0)
     with socket.create_connection(("127.0.0.1", api.port), timeout=10) as s:
         s.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         assert s.recv(65536).startswith(b"HTTP/1.1 200")
@@ -123,8 +123,8 @@ def test_a_second_head_on_one_connection_has_a_deadline_too(api: SimpleNamespace
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(api: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("myspinbot.limits.BODY_S", 1.0)
-    monkeypatch.setattr("myspinbot.limits.IDLE_S", 1.0)
+    monkeypatch.setattr("myspinbot.api.limits.BODY_S", 1.0)
+    monkeypatch.setattr("myspinbot.api.limits.IDLE_S", 1.0)
     for path in ("/jobs", "/artifacts"):
         with socket.create_connection(("127.0.0.1", api.port), timeout=60) as s:
             own = "".join(f"{k}: {v}\r\n" for k, v in api.own.items())
@@ -133,7 +133,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(api: SimpleNamespace, monke
 
 
 def test_websockets_are_counted(api: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("myspinbot.limits.SOCKETS", 2)
+    monkeypatch.setattr("myspinbot.api.limits.SOCKETS", 2)
     f = api.farm
     jobs = [f.client.submit("branches", {}).id for _ in range(2)]
     with ExitStack() as held:

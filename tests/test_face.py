@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from myspinbot.core import InputError
-from myspinbot.face import (
+from myspinbot.media.face import (
     Landmarks, choose_face, crop_square, eye_line, find_faces, load_landmarks, prepare_portrait,
 )
-from myspinbot.picture import enlarge, fit_size, load_picture
+from myspinbot.media.picture import enlarge, fit_size, load_picture
 
 
 @pytest.mark.parametrize("name", list(portraits.VARIANTS))

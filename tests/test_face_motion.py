@@ -6,12 +6,12 @@ import numpy as np
 import portraits
 import pytest
 
-from myspinbot.face import Portrait, prepare_portrait
-from myspinbot.lips import MOUTH, Axes
-from myspinbot.mesh import ibug, place_mesh, square_around
-from myspinbot.rig import Rig
-from myspinbot.speech import speak
-from myspinbot.visemes import Track, mouth_track, read_sounds
+from myspinbot.media.face import Portrait, prepare_portrait
+from myspinbot.media.lips import MOUTH, Axes
+from myspinbot.media.mesh import ibug, place_mesh, square_around
+from myspinbot.media.rig import Rig
+from myspinbot.media.speech import speak
+from myspinbot.media.visemes import Track, mouth_track, read_sounds
 
 TEXT = ("We were told that nothing would change here. But the old harbour, which my father built, has become a garden! "
         "Do you remember the summer of storms? I never forgot it, and I never will.")

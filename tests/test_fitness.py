@@ -8,13 +8,13 @@ import portraits
 import pytest
 
 from myspinbot.core import GateFailed
-from myspinbot.face import Portrait, eye_line, prepare_portrait
-from myspinbot.fitness import (
+from myspinbot.media.face import Portrait, eye_line, prepare_portrait
+from myspinbot.media.fitness import (
     AGREEMENT, ASIDE, CONTRAST, LIKENESS, PHOTO, ROOM, Fitness, fitness_picture, gate_table, judge_frames, judge_portrait,
     learn_photo_score, mouth_fit, photo_score, room_around,
 )
-from myspinbot.mesh import ibug
-from myspinbot.rig import Rig
+from myspinbot.media.mesh import ibug
+from myspinbot.media.rig import Rig
 
 
 LIPS = [61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 409, 270, 269, 267, 0, 37, 39, 40, 185,

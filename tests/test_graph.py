@@ -10,11 +10,11 @@ from PIL import Image as Picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from myspinbot.artifacts import LocalStore
-from myspinbot.catalogue import Catalogue, control_step
+from myspinbot.store.artifacts import LocalStore
+from myspinbot.graph.catalogue import Catalogue, control_step
 from myspinbot.core import GraphError, InputError, NotFound
-from myspinbot.draw import edges_of
-from myspinbot.graph import (
+from myspinbot.graph.draw import edges_of
+from myspinbot.graph.builder import (
     Pipeline,
     draw,
     file_values,

@@ -16,16 +16,16 @@ from PIL import EpsImagePlugin
 from PIL import Image as Picture
 from test_doors import picture, sound, video
 
-from myspinbot import film
-from myspinbot.catalogue import Catalogue
-from myspinbot.check import check_file
+from myspinbot.media import video as film
+from myspinbot.graph.catalogue import Catalogue
+from myspinbot.graph.check import check_file
 from myspinbot.core import InputError, SpinError
-from myspinbot.film import contact_sheet, poster, probe, read_frames, read_sound, thumbnail
-from myspinbot.picture import load_picture
-from myspinbot.runner import LocalRunner
+from myspinbot.media.video import contact_sheet, poster, probe, read_frames, read_sound, thumbnail
+from myspinbot.media.picture import load_picture
+from myspinbot.jobs.local import LocalRunner
 from myspinbot.schema import Artifact, Graph, Node, ParamRef, Port
-from myspinbot.step import preview_jpeg
-from myspinbot.ui import result_widget
+from myspinbot.executor.step import preview_jpeg
+from myspinbot.ui.widgets import result_widget
 
 ROOT = Path(__file__).resolve().parents[1]
 RED = (250, 10, 10)  # what the private files show

@@ -8,11 +8,11 @@ import psutil
 import pytest
 from farm import wait_for
 
-from myspinbot.catalogue import Catalogue
-from myspinbot.engine import RunRecord, run_notebook
-from myspinbot.launch import Launcher
-from myspinbot.pool import KernelPool
-from myspinbot.runner import LocalRunner
+from myspinbot.graph.catalogue import Catalogue
+from myspinbot.executor.engine import RunRecord, run_notebook
+from myspinbot.executor.launcher import Launcher
+from myspinbot.executor.pool import KernelPool
+from myspinbot.jobs.local import LocalRunner
 from myspinbot.schema import Graph, Node, PortRef
 
 CHANGES = {  # what one notebook does, and what another one shows
@@ -91,7 +91,7 @@ def test_what_works_once_in_a_process_works_in_every_run(shown, what: str):
 
 def test_step_after_a_step_that_changes_decimals_by_pipeline_run_and_the_cache_keeps_the_right_value(tmp_path: Path):
     (steps := tmp_path / "pipelines" / "steps").mkdir(parents=True)
-    begin = "import decimal\nfrom myspinbot.step import Step\n"
+    begin = "import decimal\nfrom myspinbot import Step\n"
     third = "Step('toy.third').output(value=str(decimal.Decimal(1) / 3))"
     notebook(steps / "toy_third.ipynb", begin + third, id="toy.third", **STEP)
     notebook(steps / "toy_spoil.ipynb", begin + "decimal.getcontext().prec = 3\nStep('toy.spoil').output(value='spoilt')",
@@ -185,7 +185,7 @@ def test_many_notebooks_at_once_each_get_their_own_kernel(pool: KernelPool, tmp_
 
 def test_file_that_a_step_did_not_close_is_whole_when_it_is_stored(tmp_path: Path):
     (steps := tmp_path / "pipelines" / "steps").mkdir(parents=True)
-    source = ("from myspinbot.step import Step\nstep = Step('toy.open')\nf = open(step.path('long.json'), 'w')\n"
+    source = ("from myspinbot import Step\nstep = Step('toy.open')\nf = open(step.path('long.json'), 'w')\n"
               "f.write('[' + '1, ' * 5000 + '1]')\nstep.output(value=step.path('long.json'))")
     notebook(steps / "toy_open.ipynb", source, id="toy.open", **STEP | dict(outputs=dict(value="application/json")))
     runner = LocalRunner(Catalogue(tmp_path / "pipelines"), tmp_path / "home", slots=1)

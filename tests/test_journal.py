@@ -16,13 +16,13 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from myspinbot.attempts import step_params
+from myspinbot.store.steps import step_params
 from myspinbot.core import ConfigError, Conflict, FenceLost, InputError, NotFound, ServiceUnavailable
 from myspinbot.embedded import Embedded
-from myspinbot.journal import Journal, end_params
-from myspinbot.pg import Connections
+from myspinbot.store.journal import Journal, end_params
+from myspinbot.store.postgres import Connections
 from myspinbot.schema import JOB_END, Artifact, Graph, Job, Node, ParamRef, Port, StepRow
-from myspinbot.tables import MIGRATIONS, bad_text, mended, migrate, to_pg
+from myspinbot.store.tables import MIGRATIONS, bad_text, mended, migrate, to_pg
 
 GRAPH = Graph(name="hello", params=[Port(name="text", type="str", required=True)],
               nodes=[Node(id="say", step="speech.piper", inputs={"text": ParamRef(name="text")})])
@@ -582,7 +582,7 @@ def test_wrong_address_and_password_say_so_and_keep_the_secret(postgres_url):
 def test_forked_child_uses_its_own_connections(journal, job):
     code = """
 import os, sys
-from myspinbot.journal import Journal, end_params
+from myspinbot.store.journal import Journal, end_params
 j = Journal(sys.argv[1])
 j.stats()
 pid = os.fork()

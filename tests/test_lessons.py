@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+NBS = ROOT / "nbs"
+NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 LIMIT_S = 240
 RUN = "import sys; from nbdev.test import test_nb; sys.exit(not test_nb(sys.argv[1])[0])"
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: str(p.relative_to(NBS).with_suffix("")))
 def test_lessons_hold(notebook: Path, tmp_path: Path) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("SPIN_")} | dict(SPIN_HOME=str(tmp_path / "home"))
     run = subprocess.Popen([sys.executable, "-c", RUN, str(notebook)], cwd=ROOT, env=env, stdout=subprocess.PIPE,

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from myspinbot.catalogue import ControlContext, catalogue
+from myspinbot.graph.catalogue import ControlContext, catalogue
 from myspinbot.core import ConfigError, InputError, ServiceUnavailable, Settings, StepFailed
-from myspinbot.llm import ask_script, health, list_models, read_script, title_of, write_script
+from myspinbot.control.script import ask_script, health, list_models, read_script, title_of, write_script
 
 GOOD = dict(title="Sky", narration="Blue light scatters most.", stage_prompt="a beach")
 

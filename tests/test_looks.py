@@ -7,10 +7,10 @@ import portraits
 import pytest
 from scipy.ndimage import map_coordinates
 
-from myspinbot.face import Portrait, prepare_portrait
-from myspinbot.mesh import place_mesh, square_around
-from myspinbot.rig import Rig
-from myspinbot.visemes import Track, mouth_track
+from myspinbot.media.face import Portrait, prepare_portrait
+from myspinbot.media.mesh import place_mesh, square_around
+from myspinbot.media.rig import Rig
+from myspinbot.media.visemes import Track, mouth_track
 
 UPPER = ((246, 161, 160, 159, 158, 157, 173), (398, 384, 385, 386, 387, 388, 466))
 LOWER = ((7, 163, 144, 145, 153, 154, 155), (382, 381, 380, 374, 373, 390, 249))

@@ -12,14 +12,14 @@ from PIL import Image
 from skimage import data
 
 from myspinbot.core import InputError
-from myspinbot.face import Portrait, prepare_portrait
-from myspinbot.film import contact_sheet, probe, read_frames, thumbnail
-from myspinbot.matte import GREEN, UNSURE, Matte, find_matte, foreground, load_cutout
-from myspinbot.picture import CLEAR, load_picture
-from myspinbot.rig import Rig
-from myspinbot.speech import speak
-from myspinbot.talk import frame_count, load_phonemes, load_rig, mouth_track, render, sound_seconds, video_name
-from myspinbot.video import check_video
+from myspinbot.media.face import Portrait, prepare_portrait
+from myspinbot.media.video import contact_sheet, probe, read_frames, thumbnail
+from myspinbot.media.matte import GREEN, UNSURE, Matte, find_matte, foreground, load_cutout
+from myspinbot.media.picture import CLEAR, load_picture
+from myspinbot.media.rig import Rig
+from myspinbot.media.speech import speak
+from myspinbot.media.talk import frame_count, load_phonemes, load_rig, mouth_track, render, sound_seconds, video_name
+from myspinbot.media.quality import check_video
 
 STEPS = Path(__file__).parents[1] / "pipelines" / "steps"
 PICTURES = dict(astronaut=portraits.astronaut, hopper=portraits.hopper)

@@ -24,7 +24,7 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from outputs import joined
 from papermill.exceptions import PapermillExecutionError
 
-from myspinbot.engine import run_notebook
+from myspinbot.executor.engine import run_notebook
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = Path(__file__).parent / "notebooks" / "parity"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from myspinbot.core import GraphError, InputError, NotFound
-from myspinbot.plan import (
+from myspinbot.graph.plan import (
     Plan,
     Result,
     Task,

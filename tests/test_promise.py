@@ -184,7 +184,7 @@ def test_events_tell_the_whole_story(farm):
 
 
 def approval_pipeline(f):
-    from myspinbot.graph import Pipeline
+    from myspinbot.graph.builder import Pipeline
     p = Pipeline("asks", catalogue=f.client.catalogue)
     before = p.step("toy.mark", id="before", name="before")
     ask = p.approve("Go on?", show=before.value, id="ask")

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as hs
 
-from myspinbot.catalogue import Catalogue
+from myspinbot.graph.catalogue import Catalogue
 from myspinbot.core import InputError, settings
-from myspinbot import speech
-from myspinbot.reading import plain_letters, read_aloud, read_pronunciations, reading
-from myspinbot.runner import LocalRunner
+from myspinbot.media import speech
+from myspinbot.language.reading import plain_letters, read_aloud, read_pronunciations, reading
+from myspinbot.jobs.local import LocalRunner
 from myspinbot.schema import Graph, Node, ParamRef, Port, PortRef
-from myspinbot.speech import load_voice, speak
-from myspinbot.text import clean_text, plain_text, split_sentences
+from myspinbot.media.speech import load_voice, speak
+from myspinbot.language.text import clean_text, plain_text, split_sentences
 
 ROOT = Path(__file__).parents[1]
 LEAST = 0.9

@@ -35,14 +35,14 @@ def test_bash_block_runs(number: int, env: dict[str, str], tmp_path: Path) -> No
     script = "set -euo pipefail\n" + BLOCKS[number][1]
     try: r = subprocess.run(["bash", "-c", script], cwd=checkout(tmp_path), env=env, capture_output=True, text=True,
                             timeout=580, check=False)
-    finally: subprocess.run([sys.executable, "-m", "myspinbot.cli", "down"], env=env, capture_output=True, check=False)
+    finally: subprocess.run([sys.executable, "-m", "myspinbot", "down"], env=env, capture_output=True, check=False)
     assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-3000:]
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [i for i, (kind, _) in enumerate(BLOCKS) if kind == "python"])
 def test_python_block_runs(number: int, env: dict[str, str], tmp_path: Path) -> None:
-    me, code = [sys.executable, "-m", "myspinbot.cli"], BLOCKS[number][1]
+    me, code = [sys.executable, "-m", "myspinbot"], BLOCKS[number][1]
     up = None
     if "Client(" in code:
         with open(tmp_path / "up.log", "w") as log:

@@ -1,4 +1,6 @@
 """The checkout agrees with itself: notebooks are clean, package and README are what they export, the layers hold."""
+import ast
+import importlib
 import json
 import os
 import re
@@ -67,8 +69,8 @@ def test_cleaning_keeps_the_tags_that_papermill_and_the_catalogue_read(copy: Pat
 
 
 def test_the_package_is_what_the_notebooks_export(copy: Path) -> None:
-    for p in (copy / "myspinbot").glob("*.py"):
-        if p.name != "__init__.py": p.unlink()
+    for p in (copy / "myspinbot").rglob("*.py"):
+        if not p.name.startswith("__"): p.unlink()
     tool("nbdev-export", cwd=copy)
     assert differing(copy, "myspinbot") == [], "run: nbdev-export"
 
@@ -79,7 +81,7 @@ def test_readme_is_what_the_index_notebook_says() -> None:
 
 
 def test_the_drawings_show_the_pipeline_as_it_is() -> None:
-    from myspinbot.catalogue import Catalogue
+    from myspinbot.graph.catalogue import Catalogue
     drawn = Catalogue(ROOT / "pipelines").pipeline("talking_portrait")._repr_html_()
     assert (ROOT / "nbs/images/pipeline.svg").read_text() == drawn
     cells = json.loads((ROOT / "pipelines/talking_portrait.ipynb").read_text())["cells"]
@@ -126,7 +128,7 @@ def test_metadata_makefile_and_ci_name_the_same_pythons() -> None:
         low, high = re.search(r"not \((3, \d+)\) <= sys\.version_info\[:2\] <= \((3, \d+)\)", (ROOT / name).read_text()).groups()
         minors = range(int(low.split()[-1]), int(high.split()[-1]) + 1)
         assert [n for n in range(30) if wanted.contains(f"3.{n}.9")] == list(minors), name
-    asks = (ROOT / "myspinbot/cli.py").read_text()
+    asks = (ROOT / "myspinbot/cli/app.py").read_text()
     low, high = re.search(r"\((3, \d+)\) <= sys\.version_info\[:2\] <= \((3, \d+)\)", asks).groups()
     assert wanted == SpecifierSet(f">={low.replace(', ', '.')},<3.{int(high.split()[-1]) + 1}"), "what doctor asks for"
     image = re.findall(r"^FROM python:(\d+\.\d+)-", (ROOT / "infra/Dockerfile").read_text(), re.M)
@@ -155,8 +157,69 @@ def test_layers_hold() -> None:
     tool("lint-imports", "--no-cache")
 
 
-@pytest.mark.parametrize("module", ["myspinbot", "myspinbot.schema", "myspinbot.catalogue", "myspinbot.plan", "myspinbot.ui",
-                                    "myspinbot.client", "myspinbot.worker", "myspinbot.cli"])
+CHAPTERS = ("graph", "bridge", "store", "executor", "jobs", "language", "media", "control", "api", "ui", "cli")
+
+
+def exported() -> dict[str, Path]:
+    "Module, such as `graph.spec` -> its notebook, in the order of their names."
+    first = {p: next(iter(json.loads(p.read_text())["cells"]), {}) for p in notebooks("nbs")}
+    named = {p: re.match(r"#\| default_exp ([\w.]+)$", "".join(c.get("source", ""))) for p, c in first.items()}
+    return {m[1]: p for p, m in named.items() if m}
+
+
+def test_every_notebook_has_its_place_and_every_module_its_notebook() -> None:
+    nbs = ROOT / "nbs"
+    assert {p.name for p in nbs.iterdir() if p.is_dir() and p.name[0] not in "._"} == {"images", *CHAPTERS}
+    for folder in (nbs, *(nbs / o for o in CHAPTERS)):
+        numbers = [p.name[:2] for p in folder.glob("*.ipynb") if p.name != "index.ipynb"]
+        assert len(numbers) == len(set(numbers)) and all(o.isdigit() for o in numbers), f"{folder.name}: {sorted(numbers)}"
+        if folder != nbs: assert sorted(map(int, numbers)) == list(range(len(numbers))), folder.name
+    for module, path in ((m, p.relative_to(nbs)) for m, p in exported().items()):
+        assert module == ".".join((*path.parent.parts, path.stem[3:])), f"{path} exports {module}"
+    made = {p.relative_to(ROOT / "myspinbot").with_suffix("") for p in (ROOT / "myspinbot").rglob("*.py")}
+    assert {".".join(o.parts) for o in made if o.name[0] != "_"} == set(exported()) != set()
+
+
+def test_tests_look_into_every_chapter() -> None:
+    from test_lessons import NOTEBOOKS
+    find = ["find", "nbs", "-name", "*.ipynb", "-not", "-path", "*/.ipynb_checkpoints/*"]
+    held = sorted(subprocess.run(find, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+    for seen in (NOTEBOOKS, notebooks("nbs")): assert held == sorted(str(p.relative_to(ROOT)) for p in seen)
+    assert {p.split("/")[1] for p in held if p.count("/") > 1} == set(CHAPTERS)
+
+
+def test_a_chapter_is_read_without_looking_ahead() -> None:
+    "A module imports from its chapter only what stands in notebooks before its own."
+    order = {module: i for i, module in enumerate(exported())}
+    for module, place in order.items():
+        package = module.rpartition(".")[0]
+        tree = ast.parse((ROOT / "myspinbot" / f"{module.replace('.', '/')}.py").read_text())
+        for n in tree.body:
+            if not isinstance(n, ast.ImportFrom) or n.level != 1: continue
+            for near in [n.module] if n.module else [a.name for a in n.names]:
+                near = f"{package}.{near}".strip(".")
+                assert order.get(near, -1) < place, f"{module} imports {near}, which comes later"
+
+
+def test_chapters_offer_what_they_have() -> None:
+    for name in ("", *CHAPTERS):
+        package = importlib.import_module(f"myspinbot.{name}".strip("."))
+        for o in getattr(package, "_HOME", {}): assert getattr(package, o).__name__ == o, f"{name}.{o}"
+
+
+def test_old_names_of_modules_work_with_a_warning() -> None:
+    import myspinbot
+    for old, new in myspinbot._MOVED.items():
+        with pytest.warns(DeprecationWarning, match=f"myspinbot.{old} is myspinbot.{new} now"):
+            assert importlib.import_module(f"myspinbot.{old}") is importlib.import_module(f"myspinbot.{new}")
+    with pytest.raises(ModuleNotFoundError, match="No module named 'myspinbot.nothing'"): importlib.import_module("myspinbot.nothing")
+
+
+CHEAP = ["myspinbot", "myspinbot.schema", "myspinbot.graph.catalogue", "myspinbot.graph.plan", "myspinbot.media", "myspinbot.ui.widgets",
+         "myspinbot.api.client", "myspinbot.jobs.worker", "myspinbot.cli.app"]
+
+
+@pytest.mark.parametrize("module", CHEAP)
 def test_import_loads_nothing_heavy(module: str) -> None:
     code = (f"import sys, time; t = time.perf_counter(); import {module}; dt = time.perf_counter() - t; "
             f"print(sorted(set({HEAVY!r}) & set(sys.modules)), dt)")
@@ -174,6 +237,7 @@ def test_an_installed_package_brings_its_pipelines_and_dashboards(copy: Path, tm
     wanted = {f"myspinbot/{p.relative_to(ROOT)}" for p in notebooks("pipelines", "dashboards")}
     wanted.add("myspinbot/dashboards/voila/templates/spin/index.html.j2")
     assert wanted <= held
+    assert {str(p.relative_to(ROOT)) for p in (ROOT / "myspinbot").rglob("*.py")} <= held
     assert not any(n.startswith(("tests/", "nbs/")) for n in held)
 
 

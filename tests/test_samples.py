@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-CHILD = ("from myspinbot.core import hash_file; from myspinbot.samples import sample_portrait; "
+CHILD = ("from myspinbot.core import hash_file; from myspinbot.media.samples import sample_portrait; "
          "print(sample_portrait(), hash_file(sample_portrait()))")
 
 
@@ -23,15 +23,15 @@ def test_processes_that_ask_at_once_get_one_whole_portrait(tmp_path):
 
 
 def test_samples_are_what_the_steps_take(tmp_path):
-    code = ("import json; from myspinbot.samples import *; "
+    code = ("import json; from myspinbot.media.samples import *; "
             "print(json.dumps([str(p) for p in (*sample_prepared(), *sample_speech(), sample_video(), sample_video())]))")
     run = python(code, tmp_path)
     portrait, landmarks, wav, phonemes, video, again = map(Path, json.loads(run.communicate(timeout=120)[0]))
     from PIL import Image
 
-    from myspinbot.face import load_landmarks
-    from myspinbot.film import probe
-    from myspinbot.talk import load_phonemes, sound_seconds
+    from myspinbot.media.face import load_landmarks
+    from myspinbot.media.video import probe
+    from myspinbot.media.talk import load_phonemes, sound_seconds
     assert Image.open(portrait).size == (256, 256)
     assert len(load_landmarks(landmarks).points) == 478
     assert load_phonemes(phonemes)["duration_s"] == pytest.approx(sound_seconds(wav), abs=1e-4)
@@ -39,7 +39,7 @@ def test_samples_are_what_the_steps_take(tmp_path):
 
 
 def test_changed_code_makes_new_samples(tmp_path, monkeypatch):
-    from myspinbot import samples
+    from myspinbot.media import samples
     made = []
     monkeypatch.setattr(samples, "_kept", lambda name, key, make: made.append(key) or tmp_path)
     monkeypatch.setattr(samples, "modules_hash", lambda names: "one")

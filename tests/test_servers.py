@@ -25,11 +25,11 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from test_bridge import Wire, real  # noqa: F401  the suite's own fixture, on the server below
 
-from myspinbot.artifacts import S3Store, open_store
-from myspinbot.bridge import Bridge, MemoryBridge
+from myspinbot.store.artifacts import S3Store, open_store
+from myspinbot.bridge.streams import Bridge, MemoryBridge
 from myspinbot.core import ConfigError, Settings, hash_bytes
-from myspinbot.events import Events
-from myspinbot.journal import Journal
+from myspinbot.bridge.live import Events
+from myspinbot.store.journal import Journal
 
 INFRA = Path(__file__).parents[1] / "infra"
 SECRETS = {"minio_password", "minio_root_password", "postgres_password", "postgres_root_password", "redis_password",

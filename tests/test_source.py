@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from myspinbot.core import NotFound
-from myspinbot.source import NotebookError, Sources, modules_hash, modules_of, owners, settled, sources_of, without_comments
+from myspinbot.source import (
+    CONTRACT, NotebookError, Sources, modules_hash, modules_of, owners, package_dir, settled, sources_of, without_comments,
+)
 
 
 def put(path: Path, text: str) -> Path:
@@ -128,13 +130,25 @@ def test_an_editable_install_is_local(tmp_path: Path) -> None:
 
 
 def test_ours_counts_but_for_the_contract(tmp_path: Path) -> None:
-    s = of(tmp_path, "from myspinbot.talk import render\nfrom myspinbot.speech import speak\nfrom myspinbot.step import Step\n"
+    s = of(tmp_path, "from myspinbot.media.talk import render\nfrom myspinbot.media.speech import speak\n"
+           "from myspinbot import Step\n"
            "import myspinbot.core")
-    assert {"myspinbot.talk", "myspinbot.sound"} < set(s.modules)
-    assert not {f"myspinbot.{o}" for o in ("core", "step", "schema", "source", "spec", "catalogue")} & set(s.modules)
+    assert {"myspinbot.media.talk", "myspinbot.media.sound"} < set(s.modules)
+    assert not {f"myspinbot.{o}" for o in CONTRACT} & set(s.modules)
+    for o in CONTRACT: assert (package_dir() / f"{o.replace('.', '/')}.py").is_file(), o
     assert "wave" in s.leading and "numpy" in s.leading
-    assert modules_hash(["speech"]) == modules_hash(["speech", "sound"]) != modules_hash(["sound"])
+    assert modules_hash(["media.speech"]) == modules_hash(["media.speech", "media.sound"]) != modules_hash(["media.sound"])
     assert modules_of(["myspinbot.core"]).modules == {}
+
+
+@pytest.mark.parametrize("written", [
+    "from myspinbot.media import speak", "from myspinbot.speech import speak", "import myspinbot.speech",
+    "from importlib import import_module\nimport_module('myspinbot.speech')"])
+def test_a_name_of_ours_counts_as_the_module_that_it_comes_from(tmp_path: Path, written: str) -> None:
+    s = of(tmp_path, f"{written}\nfrom myspinbot import Step, Image")
+    assert set(s.modules) == set(of(tmp_path, "from myspinbot.media.speech import speak").modules)
+    assert "myspinbot.media.talk" not in s.modules
+    assert ("numpy" in s.leading) != ("import_module" in written)  # imports by a call are no leading ones
 
 
 def test_magics_do_not_hide_imports(tmp_path: Path) -> None:
@@ -203,7 +217,7 @@ def test_a_module_that_appears_or_goes_is_seen(tmp_path: Path, monkeypatch: pyte
 
 
 def test_asking_again_is_cheap(tmp_path: Path) -> None:
-    nb = notebook(tmp_path / "nb.ipynb", "from myspinbot.talk import render")
+    nb = notebook(tmp_path / "nb.ipynb", "from myspinbot.media.talk import render")
     old(nb, tmp_path)
     sources_of(nb)
     if not settled(sources_of(nb).watched): time.sleep(0.05)  # a file of the checkout was written just now

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from myspinbot.core import InputError, hash_file
-from myspinbot.sound import LoudnessMeter, limit_peaks, read_wav, write_wav
-from myspinbot.speech import opening_curve, openness, speak
-from myspinbot.text import clean_text, split_sentences
+from myspinbot.media.sound import LoudnessMeter, limit_peaks, read_wav, write_wav
+from myspinbot.media.speech import opening_curve, openness, speak
+from myspinbot.language.text import clean_text, split_sentences
 
 TEXT = "Hello, my name is Bob. Maybe you and I will fly above the moon!\n\nGoodbye."
-CHILD = "import sys, json; from myspinbot.speech import speak; print(json.dumps(speak(sys.argv[1], sys.argv[2])))"
+CHILD = "import sys, json; from myspinbot.media.speech import speak; print(json.dumps(speak(sys.argv[1], sys.argv[2])))"
 
 
 def child(folder: Path, name: str, home: Path) -> subprocess.Popen:

@@ -12,7 +12,7 @@ import papermill
 import pytest
 
 from myspinbot.core import InputError, StepFailed
-from myspinbot.step import Step, enter, preview_jpeg
+from myspinbot.executor.step import Step, enter, preview_jpeg
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 
@@ -46,7 +46,7 @@ def test_step_notebook_under_papermills_own_engine(by_hand: Path):
 
 
 def test_by_hand_in_a_plain_process_needs_no_ipython(by_hand: Path):
-    code = "from myspinbot.step import Step; s = Step('toy.plain'); s.progress(1, 'done'); s.output(x=1)"
+    code = "from myspinbot import Step; s = Step('toy.plain'); s.progress(1, 'done'); s.output(x=1)"
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "toy.plain 100% done" in r.stderr
     assert json.loads((by_hand / "toy.plain/outputs.json").read_text()) == {"x": 1}
@@ -54,7 +54,7 @@ def test_by_hand_in_a_plain_process_needs_no_ipython(by_hand: Path):
 
 def test_importing_the_step_contract_is_light():
     heavy = ("torch", "av", "cv2", "numpy", "redis", "psycopg", "minio", "papermill", "IPython", "PIL", "matplotlib")
-    code = f"import sys, myspinbot.step; print(sorted(set(m.split('.')[0] for m in sys.modules) & set({heavy})))"
+    code = f"import sys, myspinbot.executor.step; print(sorted(set(m.split('.')[0] for m in sys.modules) & set({heavy})))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

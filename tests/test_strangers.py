@@ -26,7 +26,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from myspinbot.core import ConfigError
-from myspinbot.doors import ensure_token
+from myspinbot.api.doors import ensure_token
 from myspinbot.schema import Graph, Node, PortRef
 
 TOYS = Path(__file__).parent / "pipelines"
@@ -94,7 +94,7 @@ def test_auth_none_is_refused_where_others_can_reach_it(farm: Callable[..., Farm
     f = farm(TOYS)
     with pytest.raises(AssertionError, match=r"SPIN_AUTH=none would open 0\.0\.0\.0"):
         f.start("api", SPIN_AUTH="none", SPIN_CONTROL_HOST="0.0.0.0")
-    command = [sys.executable, "-m", "myspinbot.cli", "dashboards", "--host=0.0.0.0", "--port=0"]
+    command = [sys.executable, "-m", "myspinbot", "dashboards", "--host=0.0.0.0", "--port=0"]
     r = subprocess.run(command, env=f.env | dict(SPIN_AUTH="none"), capture_output=True, text=True, timeout=60, check=False)
     assert r.returncode == 2 and "SPIN_AUTH=none would open 0.0.0.0" in r.stderr
 
@@ -268,7 +268,7 @@ def stack() -> Iterator[SimpleNamespace]:
     home.mkdir(mode=0o755)  # as earlier versions left it
     pipelines = place / "pipelines"
     (pipelines / "steps").mkdir(parents=True)
-    told = nbformat.v4.new_code_cell("import os\nfrom myspinbot.step import Step\nstep = Step('toy.told')\n"
+    told = nbformat.v4.new_code_cell("import os\nfrom myspinbot import Step\nstep = Step('toy.told')\n"
                                      "print(dict(os.environ))\nstep.output(value=sorted(os.environ))")
     given = nbformat.v4.new_code_cell("word: str = ''  # a word", metadata=dict(tags=["parameters"]))
     about = dict(id="toy.told", outputs=dict(value="any"))
@@ -280,7 +280,7 @@ def stack() -> Iterator[SimpleNamespace]:
                             JUPYTER_TOKEN="token-of-jupyterlab",  # as `myspinbot lab` sets it
                             SPIN_LLM_API_KEY="key-of-a-model", SPIN_LLM_BASE_URL="http://me:password-of-a-model@127.0.0.1:9/v1")
     log = open(place / "up.log", "wb")
-    command = [sys.executable, "-m", "myspinbot.cli", "up", "--no-dashboards"]
+    command = [sys.executable, "-m", "myspinbot", "up", "--no-dashboards"]
     p = subprocess.Popen(command, env=env, stdout=log, stderr=log, umask=0o022)
     wait_for("up", lambda: "Ctrl-C" in (place / "up.log").read_text() or p.poll() is not None, 120)
     assert p.poll() is None, (place / "up.log").read_text()
@@ -292,15 +292,15 @@ def stack() -> Iterator[SimpleNamespace]:
 
 
 def cli(stack: SimpleNamespace, *args: str) -> str:
-    command = [sys.executable, "-m", "myspinbot.cli", *args]
+    command = [sys.executable, "-m", "myspinbot", *args]
     return subprocess.run(command, env=stack.env, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 @pytest.fixture(scope="module")
 def ran(stack: SimpleNamespace) -> Any:
     "A job of the notebook that tells its environment, ended; and its client."
-    from myspinbot.catalogue import Catalogue
-    from myspinbot.client import Client
+    from myspinbot.graph.catalogue import Catalogue
+    from myspinbot.api.client import Client
     from myspinbot.core import Settings
     graph = Graph(name="told", nodes=(Node(id="it", step="toy.told"),), outputs=dict(value=PortRef(node="it", port="value")))
     with Client(Settings(home=stack.home), Catalogue(stack.place / "pipelines")) as c:
@@ -366,7 +366,7 @@ if os.geteuid() == 0:
 
 
 def test_processes_that_start_at_once_have_one_token(tmp_path: Path) -> None:
-    code = ("import sys; from myspinbot.core import Settings; from myspinbot.doors import ensure_token; sys.stdin.read(1);"
+    code = ("import sys; from myspinbot.core import Settings; from myspinbot.api.doors import ensure_token; sys.stdin.read(1);"
             "print(ensure_token(Settings(home=sys.argv[1])))")
     for n in range(3):
         command = [sys.executable, "-c", code, str(tmp_path / str(n))]

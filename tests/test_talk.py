@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from myspinbot.core import InputError
-from myspinbot.face import Face, choose_face, find_faces, prepare_portrait, refine_face
-from myspinbot.mesh import ibug
-from myspinbot.film import probe, read_frames
-from myspinbot.rig import CONTROLS, Rig
-from myspinbot.speech import opening_curve, speak
-from myspinbot.talk import frame_count, load_phonemes, load_rig, mouth_track, render, sound_seconds
-from myspinbot.video import correlate, measure_picture
-from myspinbot.visemes import TRACKS, read_sounds
+from myspinbot.media.face import Face, choose_face, find_faces, prepare_portrait, refine_face
+from myspinbot.media.mesh import ibug
+from myspinbot.media.video import probe, read_frames
+from myspinbot.media.rig import CONTROLS, Rig
+from myspinbot.media.speech import opening_curve, speak
+from myspinbot.media.talk import frame_count, load_phonemes, load_rig, mouth_track, render, sound_seconds
+from myspinbot.media.quality import correlate, measure_picture
+from myspinbot.media.visemes import TRACKS, read_sounds
 
 TEXT = "Papa made my mother a big map. Maybe five people want to move, but how do they open the old window?"
 
@@ -175,8 +175,8 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
     code = """
 import resource, sys
 from pathlib import Path
-from myspinbot.samples import sample_inputs
-from myspinbot.talk import frame_count, load_phonemes, load_rig, mouth_track, render
+from myspinbot.media.samples import sample_inputs
+from myspinbot.media.talk import frame_count, load_phonemes, load_rig, mouth_track, render
 import wave
 s, folder = sample_inputs(), Path(sys.argv[1])
 rig, phonemes = load_rig(s["portrait"], s["landmarks"], 256), load_phonemes(s["phonemes"])

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from myspinbot.core import InputError, printable, printable_json
-from myspinbot.look import diagram_html, error_html, head_html, job_label, log_html, numbers_html, steps_html
+from myspinbot.ui.theme import diagram_html, error_html, head_html, job_label, log_html, numbers_html, steps_html
 from myspinbot.schema import Condition, Graph, Job, Node, ParamRef, Port, StepRow
 
 ATTACKS = dict(
@@ -37,7 +37,7 @@ UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u2028-\u202e\u2060-\
 OWN = re.compile(r"\x1b\[([012]|3[1-7]|38;5;\d+)(;([12]|3[1-7]))*m|\x1b\[\?25[lh]|\x1b\[1A|\r?\x1b\[2K")  # rich's, structlog's
 STEP = '''import sys
 from myspinbot.core import InputError
-from myspinbot.step import Step
+from myspinbot import Step
 step = Step("toy.loud")
 step.progress(0.5, text)
 step.log(text)
@@ -47,7 +47,7 @@ path = step.path(text.replace("/", "_")[:60] + ".json")
 path.write_text("{}")
 if fail: raise InputError(text, text)
 step.output(value=text, file=path)'''
-PIPELINE = '''from myspinbot.graph import Pipeline
+PIPELINE = '''from myspinbot.graph.builder import Pipeline
 p = Pipeline("loud", title=TITLE)
 text_, fail_ = p.param("text", str, default=TITLE, help=TITLE), p.param("fail", bool, default=False)
 more_ = p.param("more", "list[str]", default=[])
@@ -58,7 +58,7 @@ import logging, os, sys, threading, warnings
 import structlog
 from rich.table import Table
 from rich.text import Text
-from myspinbot import cli
+from myspinbot.cli import app as cli
 
 bad = os.environ["HOSTILE"]
 
@@ -93,7 +93,7 @@ cli.main()
 '''
 
 
-def run(env: dict[str, str], *args: str, terminal: bool, program: tuple[str, ...] = ("-m", "myspinbot.cli")) -> str:
+def run(env: dict[str, str], *args: str, terminal: bool, program: tuple[str, ...] = ("-m", "myspinbot")) -> str:
     "What a command writes, to a pipe or to a terminal that changes no byte."
     command = [sys.executable, *program, *args]
     env = dict(env, COLUMNS="100", TERM="xterm-256color", PYTHONUTF8="1")

@@ -10,9 +10,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from myspinbot.catalogue import Catalogue
+from myspinbot.graph.catalogue import Catalogue
 from myspinbot.core import hash_file
-from myspinbot.runner import LocalRunner
+from myspinbot.jobs.local import LocalRunner
 from myspinbot.schema import MEDIA, Artifact, Graph, Node, PortRef
 
 ROOT = Path(__file__).parent.parent
@@ -95,7 +95,7 @@ BESIDE = {
     "script.py": "import near\nSCRIPTED = near.VALUE * 10\n",
     "tools/deep.py": "import only_there\nDEEP = only_there.VALUE\n", "tools/only_there.py": "VALUE = 7\n",
     "prompt.txt": "Speak slowly.", "prompts/a.txt": "And clearly."}
-CELLS = ["from myspinbot.step import Step\nstep = Step('toy.beside')", "import helper\n%run script.py", "%run -i tools/deep.py",
+CELLS = ["from myspinbot import Step\nstep = Step('toy.beside')", "import helper\n%run script.py", "%run -i tools/deep.py",
          "said = [open('prompt.txt').read(), step.file('prompts/a.txt').read_text()]",
          "values = [helper.VALUE, SCRIPTED, DEEP]",
          "step.path('all.json').write_text(f'{{\"said\": \"{said}\", \"values\": {values}}}')",

@@ -19,7 +19,7 @@ from PIL import Image
 
 from myspinbot.core import InputError
 from myspinbot.schema import Graph, Node, ParamRef, Port
-from myspinbot.ui import Form, JobView, Studio, job_view, result_widget
+from myspinbot.ui.widgets import Form, JobView, Studio, job_view, result_widget
 
 ROOT = Path(__file__).parents[1]
 TOYS = Path(__file__).parent / "pipelines"

@@ -9,7 +9,7 @@ import pytest
 import videos
 
 from myspinbot.core import GateFailed, InputError, error_from_dict
-from myspinbot.video import (
+from myspinbot.media.quality import (
     CheckReport, check_video, contact_sheet, correlate, gate_table, loudness, measure_picture, plot_check, poster,
     probe, read_frames, read_sound, save_png, thumbnail, write_video,
 )

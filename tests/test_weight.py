@@ -8,8 +8,8 @@ LATER = ("papermill", "nbclient", "ipykernel", "zmq", "IPython", "langgraph", "n
          "matplotlib", "fastapi", "uvicorn")
 CONNECT = f"""
 import sys
-from myspinbot.client import Client
-from myspinbot.worker import Worker
+from myspinbot.api.client import Client
+from myspinbot.jobs.worker import Worker
 with Client() as c:
     w = Worker(c.journal, c.bridge, c.events, c.store, c.catalogue, "weight:0", c.cfg)
     assert w.pending(__import__("threading").Event()) == []

@@ -13,12 +13,12 @@ import pytest
 from farm import http_of
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from myspinbot.catalogue import Catalogue
-from myspinbot.executor import completed
-from myspinbot.run import run_html
-from myspinbot.runner import LocalJob, LocalRunner
+from myspinbot.graph.catalogue import Catalogue
+from myspinbot.executor.attempt import completed
+from myspinbot.api.run import run_html
+from myspinbot.jobs.local import LocalJob, LocalRunner
 from myspinbot.schema import Graph, Node, ParamRef, Port, PortRef
-from myspinbot.spec import NotebookError
+from myspinbot.graph.spec import NotebookError
 
 USES = "import helper\nstep.output(value=f'{text} {helper.VALUE}')"
 
@@ -26,7 +26,7 @@ USES = "import helper\nstep.output(value=f'{text} {helper.VALUE}')"
 def write_step(folder: Path, *cells: str, id: str = "toy.helped", **info: Any) -> Path:
     "A step with the parameter `text` and the output `value`."
     made = [new_markdown_cell("# Toy\n\nA toy."), new_code_cell("text: str = 'a'  # said", metadata=dict(tags=["parameters"])),
-            new_code_cell(f"from myspinbot.step import Step\nstep = Step({id!r})"), *map(new_code_cell, cells)]
+            new_code_cell(f"from myspinbot import Step\nstep = Step({id!r})"), *map(new_code_cell, cells)]
     about = {"id": id, "outputs": dict(value="any"), **info}
     kernel = dict(name="python3", display_name="p", language="python")
     nb = new_notebook(cells=made, metadata=dict(myspinbot=about, kernelspec=kernel))
@@ -167,7 +167,7 @@ def test_a_result_is_stored_under_the_versions_that_made_it(runs: Runs) -> None:
 
 
 def cli(farm: Any, *args: str) -> str:
-    run = subprocess.run([sys.executable, "-m", "myspinbot.cli", *args], env=farm.env, capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-m", "myspinbot", *args], env=farm.env, capture_output=True, text=True, check=True)
     return run.stdout
 
 

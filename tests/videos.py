@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 import portraits
 
-from myspinbot.face import prepare_portrait
-from myspinbot.mesh import ibug
-from myspinbot.video import write_video
+from myspinbot.media.face import prepare_portrait
+from myspinbot.media.mesh import ibug
+from myspinbot.media.quality import write_video
 
 RATE, FPS = 22050, 25
 SPOKEN = "m ɑ p æ s oʊ b ɑ n aɪ m p ɑ t i b æ m oʊ f ɑ m".split()

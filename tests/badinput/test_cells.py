@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from jupyter_client.session import Session
 
 from myspinbot.core import GateFailed, InputError, KernelDied, StepFailed, StepTimeout, whole_text
-from myspinbot.engine import Collector, RunRecord, notebook_bytes, run_notebook
-from myspinbot.pool import KernelPool
-from myspinbot.inside import packed
+from myspinbot.executor.engine import Collector, RunRecord, notebook_bytes, run_notebook
+from myspinbot.executor.pool import KernelPool
+from myspinbot.executor.inside import packed
 from myspinbot.schema import MAX_DEPTH
 
 Run = Callable[..., tuple[RunRecord, list[Any]]]

@@ -13,12 +13,12 @@ import pytest
 import uvicorn
 from farm import Farm, wait_for
 
-from myspinbot.api import create_app
-from myspinbot.catalogue import Catalogue, using
-from myspinbot.check import read_graph, validate_graph
+from myspinbot.api.http import create_app
+from myspinbot.graph.catalogue import Catalogue, using
+from myspinbot.graph.check import read_graph, validate_graph
 from myspinbot.core import GraphError, InputError, error_from_dict
-from myspinbot.doors import authorization
-from myspinbot.graph import Pipeline
+from myspinbot.api.doors import authorization
+from myspinbot.graph.builder import Pipeline
 from myspinbot.schema import Graph, Node, ParamRef, Port
 
 TOYS = Path(__file__).parents[1] / "pipelines"

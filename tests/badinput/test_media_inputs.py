@@ -18,11 +18,11 @@ import portraits
 import pytest
 from PIL import Image as Picture
 
-from myspinbot.catalogue import Catalogue
+from myspinbot.graph.catalogue import Catalogue
 from myspinbot.core import InputError
-from myspinbot.engine import run_notebook
-from myspinbot.pool import KernelPool
-from myspinbot.runner import LocalRunner
+from myspinbot.executor.engine import run_notebook
+from myspinbot.executor.pool import KernelPool
+from myspinbot.jobs.local import LocalRunner
 from myspinbot.schema import Artifact, Graph, Node, ParamRef, Port, PortRef
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,8 +209,9 @@ def test_a_file_without_read_permission_is_refused(runner):
 def test_a_bomb_costs_no_memory(tmp_path):
     path = written("bomb.png", bomb())(tmp_path)
     assert path.stat().st_size < 1_000_000
-    code = ("import resource, sys; from pathlib import Path; from PIL import Image; from myspinbot.picture import load_picture; "
-            "from myspinbot.check import check_file; from myspinbot.core import InputError; from myspinbot.schema import Port\n"
+    code = ("import resource, sys; from pathlib import Path; from PIL import Image; "
+            "from myspinbot.media.picture import load_picture; from myspinbot.graph.check import check_file; "
+            "from myspinbot.core import InputError; from myspinbot.schema import Port\n"
             "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
             "try: load_picture(sys.argv[2])\n"
             "except InputError: pass\n"
@@ -311,7 +312,7 @@ UNSPEAKABLE = {
 
 
 def test_what_the_voice_cannot_say_is_named(tmp_path, monkeypatch):
-    from myspinbot.speech import speak
+    from myspinbot.media.speech import speak
     for text, said in UNSPEAKABLE.items():
         with pytest.raises(InputError) as e: speak(text, tmp_path / "a.wav")
         assert said in e.value.message and e.value.hint, (text, e.value)
@@ -380,7 +381,7 @@ def test_a_sound_that_is_a_text_or_empty_is_refused_at_once(runner, tmp_path):
 def test_silence_becomes_a_silent_video(runner, tmp_path):
     job = runner.run(talk(wav(tmp_path / "silence.wav", np.zeros(22050))), {}).job
     assert job.status == "succeeded", job.error
-    from myspinbot.film import probe
+    from myspinbot.media.video import probe
     assert probe(runner.store.found(job.outputs["video"])).frames == 25
 
 
@@ -410,7 +411,7 @@ def test_the_command_line_refuses_in_one_line(farm, tmp_path):
     for case in ("bomb", "cut", "missing"):
         make, said, _ = AT_SUBMIT[case]
         path = make(tmp_path)
-        done = subprocess.run([sys.executable, "-m", "myspinbot.cli", "submit", "talking_portrait", "-p", f"portrait={path}",
+        done = subprocess.run([sys.executable, "-m", "myspinbot", "submit", "talking_portrait", "-p", f"portrait={path}",
                                "-p", "text=Hello."], env=f.env, capture_output=True, text=True, timeout=120)
         told = " ".join(done.stderr.split())
         assert done.returncode == 2 and said in told and "portrait" in told and "Traceback" not in told, done.stderr

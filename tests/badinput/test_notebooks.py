@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from farm import Farm, http_of, wait_for
 
-from myspinbot.catalogue import Catalogue, NotebookError
-from myspinbot.check import validate_graph
+from myspinbot.graph.catalogue import Catalogue, NotebookError
+from myspinbot.graph.check import validate_graph
 from myspinbot.core import GraphError, NotFound, SpinError
 from myspinbot.schema import Graph, Node
 
@@ -171,7 +171,7 @@ def test_broken_pipelines_are_named_and_the_others_work(folder: Path) -> None:
 
 
 def cli(f: Farm, *args: str, code: int = 0) -> tuple[str, str]:
-    r = subprocess.run([sys.executable, "-m", "myspinbot.cli", *args], env=f.env, capture_output=True, text=True, timeout=120,
+    r = subprocess.run([sys.executable, "-m", "myspinbot", *args], env=f.env, capture_output=True, text=True, timeout=120,
                        check=False)
     assert r.returncode == code and "Traceback" not in r.stderr, (args, r.returncode, r.stdout, r.stderr)
     return r.stdout, r.stderr

@@ -17,12 +17,12 @@ import pytest
 from PIL import Image as Picture
 from PIL import ImageCms
 
-from myspinbot.check import check_file
+from myspinbot.graph.check import check_file
 from myspinbot.core import InputError
-from myspinbot.film import thumbnail
-from myspinbot.picture import load_picture
+from myspinbot.media.video import thumbnail
+from myspinbot.media.picture import load_picture
 from myspinbot.schema import Port
-from myspinbot.step import preview_jpeg
+from myspinbot.executor.step import preview_jpeg
 
 PORT = Port(name="portrait", type="Image", least=48)
 RGB = np.zeros((64, 96, 3), np.uint8)  # four fields, so that each of the eight orientations looks different
@@ -534,7 +534,8 @@ def test_bombs_in_notes_cost_no_memory(tmp_path: Path) -> None:
         f.write(png()[:33] + number(0x7fffffff, 4) + b"tEXt")
         f.seek(0x7fffffff + 4, 1)
         f.write(png()[33:])
-    code = ("import resource, sys; from myspinbot.check import check_file; from myspinbot.picture import load_picture\n"
+    code = ("import resource, sys; from myspinbot.graph.check import check_file; "
+            "from myspinbot.media.picture import load_picture\n"
             "from myspinbot.schema import Port\n"
             "def use(path):\n"
             "    check_file('portrait', path, Port(name='portrait', type='Image'))\n"

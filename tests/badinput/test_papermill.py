@@ -40,7 +40,7 @@ def test_texts_that_look_like_code_arrive_as_text(tmp_path: Path) -> None:
 def pipeline(tmp_path: Path) -> Path:
     "The toy pipeline with a cell that runs it on its parameters."
     nb = nbformat.read(TOYS / "fan.ipynb", 4)
-    nb.cells += [nbformat.v4.new_code_cell("import myspinbot.run\nrun = p.run(names=names)\nprint(run.outputs)")]
+    nb.cells += [nbformat.v4.new_code_cell("import myspinbot.api.run\nrun = p.run(names=names)\nprint(run.outputs)")]
     nbformat.write(nb, tmp_path / "fan.ipynb")
     return tmp_path / "fan.ipynb"
 

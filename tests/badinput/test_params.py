@@ -12,10 +12,10 @@ import pytest
 from farm import Farm, http_of
 from PIL import Image
 
-from myspinbot.catalogue import Catalogue
-from myspinbot.cli import read_table
+from myspinbot.graph.catalogue import Catalogue
+from myspinbot.cli.app import read_table
 from myspinbot.core import InputError, NotFound, SpinError, error_from_dict
-from myspinbot.runner import LocalRunner
+from myspinbot.jobs.local import LocalRunner
 from myspinbot.schema import Graph, Node, ParamRef, Port
 
 TOYS = Path(__file__).parents[1] / "pipelines"
@@ -179,7 +179,7 @@ def test_json_of_any_shape_comes_back_equal(farm: Callable[..., Farm]) -> None:
 
 
 def cli(f: Farm, *args: str, code: int = 2) -> str:
-    r = subprocess.run([sys.executable, "-m", "myspinbot.cli", *args], env=f.env, capture_output=True, timeout=120, check=False)
+    r = subprocess.run([sys.executable, "-m", "myspinbot", *args], env=f.env, capture_output=True, timeout=120, check=False)
     said = r.stderr.decode(errors="replace")
     assert r.returncode == code and "Traceback" not in said, (args, r.returncode, r.stdout, said)
     return said

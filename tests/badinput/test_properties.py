@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from myspinbot.bridge import _entry
-from myspinbot.catalogue import Catalogue
-from myspinbot.check import check_key, params_from_text, read_graph, resolve_params, validate_graph
+from myspinbot.bridge.streams import _entry
+from myspinbot.graph.catalogue import Catalogue
+from myspinbot.graph.check import check_key, params_from_text, read_graph, resolve_params, validate_graph
 from myspinbot.core import SpinError, canonical_json
-from myspinbot.keys import BODY, split_stream, work_stream
-from myspinbot.plan import Plan, Result, input_hash
+from myspinbot.bridge.keys import BODY, split_stream, work_stream
+from myspinbot.graph.plan import Plan, Result, input_hash
 from myspinbot.schema import PRIORITIES, Artifact, Graph, Port, StepMessage, StepSpec, check_json, dump_value, parse_value, revive
-from myspinbot.spec import NotebookError, fits, parse_parameters
+from myspinbot.graph.spec import NotebookError, fits, parse_parameters
 
 FIXED = settings(derandomize=True, deadline=None, max_examples=300, database=None)  # the same cases in every run
 CAT = Catalogue(Path(__file__).parents[1] / "pipelines")

@@ -12,8 +12,8 @@ import pytest
 import redis
 from farm import Farm, wait_for
 
-from myspinbot.bridge import HINT_ALL, Bridge
-from myspinbot.keys import BODY, CANCEL, DEAD, DONE, JOBS, event_channel, event_stream, work_stream
+from myspinbot.bridge.streams import HINT_ALL, Bridge
+from myspinbot.bridge.keys import BODY, CANCEL, DEAD, DONE, JOBS, event_channel, event_stream, work_stream
 from myspinbot.schema import StepMessage
 
 TOYS = Path(__file__).parents[1] / "pipelines"
@@ -145,10 +145,10 @@ def test_watchers_of_a_job_live_through_garbage_events(up: Farm, redis_url: str,
     for e in EVENTS:
         r.xadd(event_stream(job), e)
         r.publish(event_channel(job), next(iter(e.values())))
-    watch = [subprocess.Popen([sys.executable, "-m", "myspinbot.cli", *a], env=up.env, stdout=subprocess.PIPE,
+    watch = [subprocess.Popen([sys.executable, "-m", "myspinbot", *a], env=up.env, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, text=True)
              for a in (["logs", "-f", job], ["logs", "-f", job, "--json"])]
-    bars = f"from myspinbot.cli import client, watch_job\nwith client() as c: print(watch_job(c, {job!r}).status)"
+    bars = f"from myspinbot.cli.app import client, watch_job\nwith client() as c: print(watch_job(c, {job!r}).status)"
     follower = subprocess.Popen([sys.executable, "-c", bars], env=up.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                 text=True)
     seen = [e for _, e in up.client.events.read(job)]

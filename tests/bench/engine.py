@@ -22,11 +22,11 @@ from typing import Any
 
 import psutil
 
-from myspinbot.catalogue import Catalogue
-from myspinbot.client import Client
+from myspinbot.graph.catalogue import Catalogue
+from myspinbot.api.client import Client
 from myspinbot.core import Settings
 from myspinbot.embedded import Embedded
-from myspinbot.plan import input_hash
+from myspinbot.graph.plan import input_hash
 from myspinbot.schema import Graph, StepMessage, StepRow
 from table import Row, main
 
@@ -38,8 +38,8 @@ KINDS = ("pristine", "resident")
 
 def worker(out: str) -> None:
     "A worker that writes a line for each step: key and milliseconds from claim to commit."
-    from myspinbot.journal import Journal
-    from myspinbot.worker import Worker
+    from myspinbot.store.journal import Journal
+    from myspinbot.jobs.worker import Worker
     claimed: dict[str, float] = {}
 
     class Timed(Journal):

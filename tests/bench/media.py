@@ -14,11 +14,11 @@ import numpy as np
 import psutil
 from table import Row, main
 
-from myspinbot.catalogue import catalogue
-from myspinbot.executor import Executor, RunContext
-from myspinbot.pool import KernelPool
-from myspinbot.runner import LocalRunner
-from myspinbot.speech import speak
+from myspinbot.graph.catalogue import catalogue
+from myspinbot.executor.attempt import Executor, RunContext
+from myspinbot.executor.pool import KernelPool
+from myspinbot.jobs.local import LocalRunner
+from myspinbot.media.speech import speak
 
 RUNS = 3
 TEXT = ("Good morning, everybody. Today we look at how a picture learns to speak, and why the lips must follow every sound. "
@@ -91,7 +91,7 @@ def memory_rows(home: Path) -> list[Row]:
     from PIL import Image
     from skimage.data import astronaut
 
-    from myspinbot.face import prepare_portrait
+    from myspinbot.media.face import prepare_portrait
     made = prepare_portrait(astronaut(), 512)
     Image.fromarray(made.image).save(face / "portrait.png")
     (face / "landmarks.json").write_text(json.dumps(made.landmarks.to_json()))

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from engine import NOTEBOOK, installation
-from myspinbot.engine import RunRecord, run_notebook
-from myspinbot.pool import KernelPool
+from myspinbot.executor.engine import RunRecord, run_notebook
+from myspinbot.executor.pool import KernelPool
 from table import Row, main
 
 HEAVY = ("torch", "ai_edge_litert", "av", "numpy", "cv2", "psycopg", "redis", "minio", "langgraph", "papermill", "matplotlib")
@@ -53,7 +53,7 @@ def idle_worker() -> list[Row]:
     "A worker that is connected and waits, and the same after its first step, with its launcher."
     from engine import Sender
     with installation() as (client, env, home), open(home / "worker.log", "wb") as log:
-        p = subprocess.Popen([sys.executable, "-m", "myspinbot.cli", "worker"], env=env, stdout=log, stderr=log)
+        p = subprocess.Popen([sys.executable, "-m", "myspinbot", "worker"], env=env, stdout=log, stderr=log)
         try:
             end = time.monotonic() + 60
             while b"ready" not in (home / "worker.log").read_bytes() and time.monotonic() < end: time.sleep(0.1)
@@ -118,7 +118,7 @@ def long_lived_kernel() -> list[Row]:
 
 def rows() -> list[Row]:
     "Measure."
-    return [importing("myspinbot", 0.3), importing("myspinbot.ui", 1.0), *idle_worker(), *long_lived_kernel()]
+    return [importing("myspinbot", 0.3), importing("myspinbot.ui.widgets", 1.0), *idle_worker(), *long_lived_kernel()]
 
 
 if __name__ == "__main__": main(rows)

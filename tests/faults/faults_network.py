@@ -11,8 +11,8 @@ from proxy import MODES, Proxy
 from run import fault
 from world import World, wait_for
 
-from myspinbot.artifacts import open_store
-from myspinbot.client import Client
+from myspinbot.store.artifacts import open_store
+from myspinbot.api.client import Client
 from myspinbot.core import ServiceUnavailable
 
 BROKEN = [m for m in MODES if m != "pass"]

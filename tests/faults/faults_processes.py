@@ -14,9 +14,9 @@ from run import fault
 from victim import POINTS
 from world import HERE, World, wait_for
 
-from myspinbot.client import Client
-from myspinbot.keys import BODY
-from myspinbot.tables import parse_graph
+from myspinbot.api.client import Client
+from myspinbot.bridge.keys import BODY
+from myspinbot.store.tables import parse_graph
 
 SLACK_S = 3.0  # on top of lease and scan: the machine is shared, and the witness' line comes from a notebook's first cell
 
@@ -115,7 +115,7 @@ def client_killed(w: World, rng: random.Random) -> None:
         w.report.kills += 1
         rows = w.client.journal.rows("SELECT id FROM job WHERE idempotency_key = %(key)s", key=key)
         if len(rows) != there: w.violate(f"{point}: {len(rows)} jobs in the journal")
-        again = subprocess.run([sys.executable, "-m", "myspinbot.cli", *args], env=w.farm.env, capture_output=True, text=True)
+        again = subprocess.run([sys.executable, "-m", "myspinbot", *args], env=w.farm.env, capture_output=True, text=True)
         w.accepted.append(again.stdout.strip())
         if there and again.stdout.strip() != rows[0]["id"]: w.violate(f"{point}: a second job for the same key")
 

@@ -15,9 +15,9 @@ from proxy import Proxy
 from run import fault
 from world import World, wait_for
 
-from myspinbot.client import Client
+from myspinbot.api.client import Client
 from myspinbot.embedded import redis_answers
-from myspinbot.keys import GROUP, JOBS, JOBS_GROUP
+from myspinbot.bridge.keys import GROUP, JOBS, JOBS_GROUP
 from myspinbot.schema import PRIORITIES
 
 

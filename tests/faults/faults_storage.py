@@ -13,8 +13,8 @@ from s3_front import FAULTS, S3Front
 from world import World, wait_for
 
 from myspinbot.core import SpinError, hash_bytes
-from myspinbot.graph import Pipeline
-from myspinbot.keys import event_stream
+from myspinbot.graph.builder import Pipeline
+from myspinbot.bridge.keys import event_stream
 from myspinbot.schema import JOB_END, Artifact, Graph
 
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from myspinbot.attempts import MAX_LEASE_S, MAX_LOST, Place, fenced, step_params
+from myspinbot.store.steps import MAX_LEASE_S, MAX_LOST, Place, fenced, step_params
 from myspinbot.core import Conflict, FenceLost, NotFound, hash_json, new_id
-from myspinbot.journal import Journal
+from myspinbot.store.journal import Journal
 from myspinbot.schema import JOB_END, PRIORITIES, STEP_END, Artifact, Event, Graph, Job, StepRow
 from myspinbot.schema import check_priority, dump_value, parse_value
-from myspinbot.tables import mended, to_pg
+from myspinbot.store.tables import mended, to_pg
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 JOB_FIELDS, STEP_FIELDS = tuple(Job.model_fields), tuple(StepRow.model_fields)

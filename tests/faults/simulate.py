@@ -21,20 +21,20 @@ from greenlet import getcurrent
 from memory_journal import MemoryJournal
 from virtual import Asyncio, Event, Fiber, Pool, Process, Threading, Time, World
 
-import myspinbot.bridge
-import myspinbot.client
-import myspinbot.conductor
-import myspinbot.runner
-import myspinbot.worker
-from myspinbot.bridge import MemoryBridge
-from myspinbot.catalogue import approve
-from myspinbot.client import Client
-from myspinbot.conductor import Conductor
+import myspinbot.bridge.streams
+import myspinbot.api.client
+import myspinbot.jobs.conductor
+import myspinbot.jobs.local
+import myspinbot.jobs.worker
+from myspinbot.bridge.streams import MemoryBridge
+from myspinbot.graph.catalogue import approve
+from myspinbot.api.client import Client
+from myspinbot.jobs.conductor import Conductor
 from myspinbot.core import Cancelled, Conflict, KernelDied, NotFound, ServiceUnavailable, Settings, StepFailed, hash_json
-from myspinbot.executor import StepResult
-from myspinbot.plan import Plan, Result, Task
+from myspinbot.executor.attempt import StepResult
+from myspinbot.graph.plan import Plan, Result, Task
 from myspinbot.schema import JOB_END, STEP_END, Artifact, Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec
-from myspinbot.worker import Worker
+from myspinbot.jobs.worker import Worker
 
 LEASE, SCAN = 3.0, 1.0
 CFG = Settings(home=Path("/nowhere"), lease_s=LEASE, scan_s=SCAN, queues=("cpu", "gpu"), slots=2)
@@ -224,7 +224,7 @@ class Executor:
 
 async def run_graph(graph: Graph, params: dict, execute: Callable[[Task], Awaitable[Result]]) -> dict[str, Result]:
     "`runner.run_graph` without LangGraph around it."
-    aio, plan, results = myspinbot.conductor.asyncio, Plan(graph, params), {}
+    aio, plan, results = myspinbot.jobs.conductor.asyncio, Plan(graph, params), {}
     running = {aio.create_task(execute(t)): t.key for t in plan.start()}
     try:
         while running:
@@ -239,24 +239,24 @@ async def run_graph(graph: Graph, params: dict, execute: Callable[[Task], Awaita
 
 
 PATCHED: list[tuple[Any, str]] = [
-    (myspinbot.bridge, "threading"),
-    (myspinbot.bridge, "time"),
-    (myspinbot.worker, "threading"),
-    (myspinbot.worker, "time"),
-    (myspinbot.worker, "ThreadPoolExecutor"),
-    (myspinbot.worker, "Executor"),
-    (myspinbot.worker, "pool_of"),
-    (myspinbot.worker, "log"),
-    (myspinbot.worker, "new_id"),
-    (myspinbot.conductor, "asyncio"),
-    (myspinbot.conductor, "threading"),
-    (myspinbot.conductor, "time"),
-    (myspinbot.conductor, "run_graph"),
-    (myspinbot.conductor, "import_module"),
-    (myspinbot.conductor, "control_notebook"),
-    (myspinbot.conductor, "log"),
-    (myspinbot.conductor, "new_id"),
-    (myspinbot.runner, "asyncio"),
+    (myspinbot.bridge.streams, "threading"),
+    (myspinbot.bridge.streams, "time"),
+    (myspinbot.jobs.worker, "threading"),
+    (myspinbot.jobs.worker, "time"),
+    (myspinbot.jobs.worker, "ThreadPoolExecutor"),
+    (myspinbot.jobs.worker, "Executor"),
+    (myspinbot.jobs.worker, "pool_of"),
+    (myspinbot.jobs.worker, "log"),
+    (myspinbot.jobs.worker, "new_id"),
+    (myspinbot.jobs.conductor, "asyncio"),
+    (myspinbot.jobs.conductor, "threading"),
+    (myspinbot.jobs.conductor, "time"),
+    (myspinbot.jobs.conductor, "run_graph"),
+    (myspinbot.jobs.conductor, "import_module"),
+    (myspinbot.jobs.conductor, "control_notebook"),
+    (myspinbot.jobs.conductor, "log"),
+    (myspinbot.jobs.conductor, "new_id"),
+    (myspinbot.jobs.local, "asyncio"),
 ]
 
 

@@ -28,8 +28,8 @@ if __name__ == "__main__":
     sys.argv = ["myspinbot", *sys.argv[2:]]
     time.time = lambda: real() + seconds()
     time.time_ns = lambda: int(time.time() * 1e9)
-    import myspinbot.cli
-    import myspinbot.engine
-    import myspinbot.runner  # what imported `datetime` by name
-    for module in (myspinbot.engine, myspinbot.runner): module.datetime = Datetime
-    myspinbot.cli.main()
+    import myspinbot.cli.app
+    import myspinbot.executor.engine
+    import myspinbot.jobs.local  # what imported `datetime` by name
+    for module in (myspinbot.executor.engine, myspinbot.jobs.local): module.datetime = Datetime
+    myspinbot.cli.app.main()

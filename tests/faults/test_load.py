@@ -14,9 +14,9 @@ import redis
 from farm import Farm, wait_for
 from noops import add_plugin, chain, installation, memory_mb, with_plugin, write_pipelines
 
-from myspinbot.attempts import step_params
-from myspinbot.conductor import Conductor
-from myspinbot.keys import work_stream
+from myspinbot.store.steps import step_params
+from myspinbot.jobs.conductor import Conductor
+from myspinbot.bridge.keys import work_stream
 from myspinbot.schema import StepRow
 
 NOTEBOOK_EACH = 50  # one job in so many has a notebook step; the others have a control step

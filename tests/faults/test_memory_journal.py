@@ -12,9 +12,9 @@ import psycopg
 import pytest
 from memory_journal import START, MemoryJournal, moment
 
-from myspinbot.attempts import Place, step_params
+from myspinbot.store.steps import Place, step_params
 from myspinbot.core import SpinError
-from myspinbot.journal import Journal, end_params
+from myspinbot.store.journal import Journal, end_params
 from myspinbot.schema import Artifact, Graph, Job, Node, ParamRef, Port, StepRow, dump_value
 
 GRAPHS = [Graph(name=name, params=[Port(name="text", type="str", required=True)],

@@ -11,8 +11,8 @@ import pytest
 from farm import wait_for
 from world import World
 
-from myspinbot.graph import Graph, Pipeline
-from myspinbot.step import EVENTS_BYTES
+from myspinbot.graph.builder import Graph, Pipeline
+from myspinbot.executor.step import EVENTS_BYTES
 
 LIMITS = dict(SPIN_KERNEL_MEMORY_MB="1024", SPIN_KERNEL_PROCESSES="60")
 NOTEBOOK_BYTES, LIVE_BYTES = 25 << 20, 4 << 20

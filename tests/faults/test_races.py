@@ -15,14 +15,14 @@ from typing import Any
 
 from farm import Farm, wait_for
 
-from myspinbot.artifacts import LocalStore
-from myspinbot.catalogue import control_step
-from myspinbot.conductor import Conductor
+from myspinbot.store.artifacts import LocalStore
+from myspinbot.graph.catalogue import control_step
+from myspinbot.jobs.conductor import Conductor
 from myspinbot.core import Conflict, ServiceUnavailable
-from myspinbot.graph import Pipeline
-from myspinbot.journal import Journal
+from myspinbot.graph.builder import Pipeline
+from myspinbot.store.journal import Journal
 from myspinbot.schema import JOB_END, STEP_END, Graph, Job, Node, StepMessage, StepRow
-from myspinbot.worker import Worker
+from myspinbot.jobs.worker import Worker
 
 TOYS = Path(__file__).parents[1] / "pipelines"
 ONE = Graph(name="one", nodes=[Node(id="say", step="toy.mark")])
@@ -68,8 +68,8 @@ SUBMIT = """
 import json, os, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from myspinbot.catalogue import Catalogue
-from myspinbot.client import Client
+from myspinbot.graph.catalogue import Catalogue
+from myspinbot.api.client import Client
 from myspinbot.core import settings
 client = Client(settings(), Catalogue(Path(os.environ["SPIN_PIPELINES_DIR"])))
 def submit(_): return client.submit("fan", dict(names=["a"]), idempotency_key="the key").to_json()

@@ -7,8 +7,8 @@ import pytest
 from memory_journal import MemoryJournal
 from simulate import Sim, SimBridge, summary
 
-from myspinbot.conductor import Conductor, Waiter
-from myspinbot.worker import Worker
+from myspinbot.jobs.conductor import Conductor, Waiter
+from myspinbot.jobs.worker import Worker
 
 
 def test_two_thousand_schedules_keep_the_promise():

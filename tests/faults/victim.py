@@ -65,7 +65,7 @@ def arm(point: str, nth: int) -> None:
     module, owner, name, when = POINTS[point]
     cls = getattr(import_module(f"myspinbot.{module}"), owner)
     setattr(cls, name, dying(getattr(cls, name), point, when, nth))
-    from myspinbot.conductor import Conductor
+    from myspinbot.jobs.conductor import Conductor
     inner = Conductor.reconcile
     def reconcile(self: Conductor) -> int:
         reconciling.now = True
@@ -78,5 +78,5 @@ if __name__ == "__main__":
     point, nth = sys.argv[1], int(sys.argv[2])
     sys.argv = ["myspinbot", *sys.argv[3:]]
     arm(point, nth)
-    from myspinbot.cli import main
+    from myspinbot.cli.app import main
     main()

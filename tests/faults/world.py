@@ -35,8 +35,8 @@ from farm import Farm, wait_for
 
 from myspinbot.core import SpinError
 from myspinbot.embedded import Embedded, end_process, own_by, server_user
-from myspinbot.graph import Pipeline
-from myspinbot.keys import DEAD, GROUP, JOBS, JOBS_GROUP, work_stream
+from myspinbot.graph.builder import Pipeline
+from myspinbot.bridge.keys import DEAD, GROUP, JOBS, JOBS_GROUP, work_stream
 from myspinbot.schema import JOB_END, Artifact, Graph
 
 HERE = Path(__file__).parent

@@ -6,7 +6,7 @@ from collections import deque
 
 from work import SLOTS, URL, work
 
-from myspinbot.bridge import Bridge
+from myspinbot.bridge.streams import Bridge
 from myspinbot.schema import StepMessage
 
 

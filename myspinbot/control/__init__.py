@@ -1,0 +1,1 @@
+"""Steps that wait for a person or ask a server."""

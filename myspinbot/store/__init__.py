@@ -1,0 +1,1 @@
+"""PostgreSQL, which remembers jobs and steps, and the files that they make."""

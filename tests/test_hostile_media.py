@@ -16,7 +16,7 @@ from PIL import EpsImagePlugin
 from PIL import Image as Picture
 from test_doors import picture, sound, video
 
-from myspinbot.media import video as film
+from myspinbot.media import video
 from myspinbot.graph.catalogue import Catalogue
 from myspinbot.graph.check import check_file
 from myspinbot.core import InputError, SpinError
@@ -128,7 +128,7 @@ def test_a_film_whose_media_lie_in_another_file_reads_nothing(private: Path, mon
     with av.open(str(path), options=obeyed) as box: assert len(list(box.decode(video=0))) == 25  # the attack is a real one
     assert list(read_frames(path)) == []
     with pytest.raises(InputError, match=r"clip\.mov has no frames"): probe(path)
-    monkeypatch.setattr(film, "_NOTHING_ELSE", obeyed)  # what answers FFmpeg's wish for another file is enough alone
+    monkeypatch.setattr(video, "_NOTHING_ELSE", obeyed)  # what answers FFmpeg's wish for another file is enough alone
     for read in (probe, lambda p: list(read_frames(p))):
         with pytest.raises(InputError, match=r"clip\.mov is not a video: it asks for another file"): read(path)
 

@@ -223,7 +223,7 @@ class Executor:
 
 
 async def run_graph(graph: Graph, params: dict, execute: Callable[[Task], Awaitable[Result]]) -> dict[str, Result]:
-    "`runner.run_graph` without LangGraph around it."
+    "`local.run_graph` without LangGraph around it."
     aio, plan, results = myspinbot.jobs.conductor.asyncio, Plan(graph, params), {}
     running = {aio.create_task(execute(t)): t.key for t in plan.start()}
     try:

@@ -18,7 +18,7 @@ from test_doors import picture, sound, video
 
 from myspinbot.media import video
 from myspinbot.graph.catalogue import Catalogue
-from myspinbot.graph.check import check_file
+from myspinbot.graph.files import check_file
 from myspinbot.core import InputError, SpinError
 from myspinbot.media.video import contact_sheet, poster, probe, read_frames, read_sound, thumbnail
 from myspinbot.media.picture import load_picture

@@ -13,12 +13,14 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from ..graph.catalogue import Catalogue, catalogue
 from ..core import InputError, NotFound, ServiceUnavailable, Settings, SpinError, own_folder, settings
-from ..graph.check import by_content, check_key, read_graph, resolve_params, store_files, validate_graph
-from ..graph.builder import Pipeline
-from ..graph.plan import downstream
 from ..schema import JOB_END, Artifact, Event, Graph, Job, StepRow, check_priority, show_value
+from ..graph.builder import Pipeline
+from ..graph.catalogue import Catalogue, catalogue
+from ..graph.check import read_graph, validate_graph
+from ..graph.files import by_content, store_files
+from ..graph.params import check_key, resolve_params
+from ..graph.plan import downstream
 from ..graph.why import reasons
 
 # %% ../../nbs/api/00_client.ipynb #313eef12

@@ -24,13 +24,15 @@ from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from .. import __version__
+from ..core import InputError, NotFound, SpinError
+from ..schema import Artifact, Graph, Job, JobStatus, Priority, StepRow, check_json, dump_value, revive
+from ..schema import show_value
+from ..graph.check import explain
+from ..graph.files import file_values
 from ..store.artifacts import SHOWN, LocalStore, check_sha, check_upload, disk_error, media_type_of, safe_name
-from ..graph.check import explain, file_values
 from .client import Client
 from .doors import Door, DoorKeeper
 from .limits import Bounds, blocks, read_off
-from ..core import InputError, NotFound, SpinError
-from ..schema import Artifact, Graph, Job, JobStatus, Priority, StepRow, check_json, dump_value, revive, show_value
 
 # %% ../../nbs/api/04_http.ipynb #6a5768a1
 STATUS: dict[str, int] = dict(InputError=422, GraphError=422, NotFound=404, Conflict=409, Cancelled=409, FenceLost=409,

@@ -13,12 +13,12 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from ..graph.catalogue import catalogue
-from .client import Client
 from ..core import NotFound, SpinError, error_from_dict, own_folder, settings
-from ..graph.draw import draw
-from ..graph.builder import Pipeline
 from ..schema import JOB_END, STEP_END, Artifact, Event, Job, StepRow
+from ..graph.builder import Pipeline
+from ..graph.catalogue import catalogue
+from ..graph.draw import draw
+from .client import Client
 
 # %% ../../nbs/api/01_run.ipynb #2847b02e
 class Run:

@@ -15,10 +15,10 @@ from fastcore.basics import patch
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
-from .streams import BLOCK_MS, COMMAND_S, connect, redis_errors
 from ..core import InputError, ServiceUnavailable, whole_text
-from .keys import EVENTS_EXPIRE_S, EVENTS_MAXLEN, event_channel, event_stream
 from ..schema import Event
+from .keys import EVENTS_EXPIRE_S, EVENTS_MAXLEN, event_channel, event_stream
+from .streams import BLOCK_MS, COMMAND_S, connect, redis_errors
 
 # %% ../../nbs/bridge/02_live.ipynb #32ad6a1e
 LOG_BYTES = 8 * 1024        # one log line

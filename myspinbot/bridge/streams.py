@@ -20,9 +20,10 @@ from fastcore.basics import patch
 from pydantic import ValidationError
 
 from ..core import ServiceUnavailable, masked
-from .keys import (BODY, BURY, CANCEL, DEAD, DEAD_MAXLEN, DONE, EPOCH, FINISH, FORGET, GROUP, HAND_BACK, JOBS,
-    JOBS_GROUP, JOBS_MAXLEN, OWN, PREFIX, READ, RECLAIM, RENEW, SILENT, split_stream, work_stream)
 from ..schema import PRIORITIES, Priority, StepMessage
+from .keys import BODY, BURY, CANCEL, DEAD, DEAD_MAXLEN, DONE, EPOCH, FINISH, FORGET, GROUP, HAND_BACK
+from .keys import JOBS, JOBS_GROUP, JOBS_MAXLEN, OWN, PREFIX, READ, RECLAIM, RENEW, SILENT
+from .keys import split_stream, work_stream
 
 # %% ../../nbs/bridge/01_streams.ipynb #48698620
 @dataclass(frozen=True, slots=True)

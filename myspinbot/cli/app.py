@@ -26,10 +26,11 @@ from rich.styled import Styled
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..core import InputError, NotFound, SpinError, error_from_dict, masked, printable, printable_json, settings
-from ..bridge.keys import work_stream
+from ..core import InputError, NotFound, SpinError, error_from_dict, masked, printable, printable_json
+from ..core import settings
 from ..logs import log_to
 from ..schema import JobStatus, show_value
+from ..bridge.keys import work_stream
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="MySpinBot: notebook-first AI media pipelines on your own machines.")
@@ -448,7 +449,7 @@ def submit(
     as_json: Json = False,
 ) -> None:
     "Submit a pipeline."
-    from myspinbot.graph.check import params_from_text
+    from myspinbot.graph.params import params_from_text
     t = time.monotonic()
     with client() as c:
         g = c.graph(pipeline)
@@ -543,7 +544,9 @@ def batch(
 ) -> None:
     "Submit one job per row; every row is checked before the first is submitted."
     from myspinbot.core import new_id
-    from myspinbot.graph.check import check_files, params_from_text, resolve_params, validate_graph
+    from myspinbot.graph.files import check_files
+    from myspinbot.graph.params import params_from_text, resolve_params
+    from myspinbot.graph.check import validate_graph
     with client() as c:
         g, rows, group = c.graph(pipeline), read_table(file), new_id("batch")
         validate_graph(g, c.catalogue)

@@ -13,11 +13,11 @@ from typing import Any, IO
 
 import psutil, structlog
 
-from ..api.client import service_settings
 from ..core import Conflict, ServiceUnavailable, Settings, SpinError, atomic_write, own_folder, settings
-from ..api.doors import Door
-from ..embedded import Embedded
 from ..logs import rotate
+from ..embedded import Embedded
+from ..api.client import service_settings
+from ..api.doors import Door
 
 log = structlog.get_logger("myspinbot.cli.services")
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from ..graph.catalogue import ControlContext, control_step
 from ..core import ConfigError, InputError, ServiceUnavailable, Settings, SpinError, StepFailed, masked
 from ..core import settings as process_settings
 from ..schema import Wire
 from ..language.text import clean_text
+from ..graph.catalogue import ControlContext, control_step
 
 # %% ../../nbs/control/00_script.ipynb #e8838a00
 class Script(Wire):

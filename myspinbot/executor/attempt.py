@@ -18,15 +18,16 @@ from typing import Any
 from fastcore.basics import patch
 
 import myspinbot
-from ..store.artifacts import Store, media_type_of, safe_name
-from ..graph.catalogue import Catalogue, did_you_mean
+from ..core import Cancelled, InputError, ServiceUnavailable, SpinError, StepFailed, mended, process_tag
+from ..core import sweep_orphans
+from ..schema import MEDIA, Artifact, Event, StepSpec, is_media, port_type, revive, show_value
 from ..content import HEAD
-from ..core import Cancelled, InputError, ServiceUnavailable, SpinError, StepFailed, mended, process_tag, sweep_orphans
+from ..source import is_installed, owners
+from ..graph.catalogue import Catalogue, did_you_mean
+from ..graph.why import learned_of, settled_key
+from ..store.artifacts import Store, media_type_of, safe_name
 from .engine import RunRecord, run_notebook
 from .pool import KernelPool
-from ..source import is_installed, owners
-from ..graph.why import learned_of, settled_key
-from ..schema import MEDIA, Artifact, Event, StepSpec, is_media, port_type, revive, show_value
 
 # %% ../../nbs/executor/06_attempt.ipynb #19abc170
 @dataclass(frozen=True)

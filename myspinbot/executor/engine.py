@@ -19,26 +19,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from myspinbot.core import (
-    Cancelled,
-    InputError,
-    KernelDied,
-    NotFound,
-    ResourceLimit,
-    ServiceUnavailable,
-    SpinError,
-    StepFailed,
-    StepTimeout,
-    atomic_write,
-    error_from_dict,
-    hash_json,
-    whole_text,
-)
-from .kernel import LEAVING, Kernel
-from .pool import KernelPool
+from ..core import Cancelled, InputError, KernelDied, NotFound, ResourceLimit, ServiceUnavailable, SpinError
+from ..core import StepFailed, StepTimeout, atomic_write, error_from_dict, hash_json, whole_text
 from ..schema import MAX_DEPTH
 from ..source import Facts, Import, gather, package_dir, sources_of
 from ..graph.spec import CHOOSE_KERNEL
+from .kernel import LEAVING, Kernel
+from .pool import KernelPool
 
 
 # %% ../../nbs/executor/05_engine.ipynb #3cea071b

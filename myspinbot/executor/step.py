@@ -14,9 +14,10 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from ..core import ConfigError, InputError, NotFound, StepFailed, atomic_write, canonical_json, mended, whole_text
-from ..pixels import BROKEN, decode, open_picture
+from ..core import ConfigError, InputError, NotFound, StepFailed, atomic_write, canonical_json, mended
+from ..core import whole_text
 from ..schema import Audio, Data, Image, Video, is_media, port_type, text_problem
+from ..pixels import BROKEN, decode, open_picture
 
 _all_ = ["Audio", "Data", "Image", "Video"]
 

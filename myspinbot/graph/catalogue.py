@@ -19,12 +19,13 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from ..core import ConfigError, GateFailed, GraphError, NotFound, Settings, SpinError, hash_bytes, hash_json, settings
+from ..core import ConfigError, GateFailed, GraphError, NotFound, Settings, SpinError, hash_bytes, hash_json
+from ..core import settings
 from ..schema import Graph, Port, StepSpec, port_type, show_value
-from ..source import NotebookError, Sources, beside, cells_of, installed, modules_of, package_dir, read_notebook, settled
-from ..source import sources_of, stamp_of, unchanged, without_comments
-from .spec import NoKernel, code_of, comments_in, did_you_mean, digests, files_of, folders_of, kernel_known, load_step
-from .spec import make_spec, source_hash
+from ..source import NotebookError, Sources, beside, cells_of, installed, modules_of, package_dir
+from ..source import read_notebook, settled, sources_of, stamp_of, unchanged, without_comments
+from .spec import NoKernel, code_of, comments_in, did_you_mean, digests, files_of, folders_of
+from .spec import kernel_known, load_step, make_spec, source_hash
 
 _all_ = ["NotebookError", "load_step", "source_hash"]
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..content import kinds_of
 from ..core import GraphError, InputError, Settings, hash_file, hash_json, whole_text
 from ..schema import MEDIA, Artifact, Port, StepSpec, check_json, port_type, show_value
+from ..content import kinds_of
 from ..source import NotebookError, Sources, cells_of, read_notebook, sources_of, stamp_of
 
 _all_ = ["NotebookError", "cells_of", "read_notebook"]

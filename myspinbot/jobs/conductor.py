@@ -16,20 +16,21 @@ from typing import Any
 import structlog
 from fastcore.basics import patch
 
-from ..store.artifacts import Store
-from ..bridge.streams import Bridge
+from ..core import FenceLost, ServiceUnavailable, Settings, SpinError, StepFailed, as_spin_error, new_id
+from ..core import settings
+from ..schema import STEP_END, Artifact, Event, Job, StepMessage, StepRow, StepSpec
 from ..graph.catalogue import Catalogue
 from ..graph.check import check_version
-from ..store.steps import Place, step_params
-from ..core import FenceLost, ServiceUnavailable, Settings, SpinError, StepFailed, as_spin_error, new_id, settings
-from ..bridge.live import Events
-from ..store.journal import Journal, end_params
-from ..bridge.keys import work_stream
 from ..graph.plan import Result, Task, input_hash, job_error, outputs
-from .local import Context, artifacts_in, control_notebook, run_control, run_graph
-from ..store.retention import sweep_store
-from ..schema import STEP_END, Artifact, Event, Job, StepMessage, StepRow, StepSpec
 from ..graph.spec import installed_inputs
+from ..bridge.keys import work_stream
+from ..bridge.live import Events
+from ..bridge.streams import Bridge
+from ..store.artifacts import Store
+from ..store.journal import Journal, end_params
+from ..store.retention import sweep_store
+from ..store.steps import Place, step_params
+from .local import Context, artifacts_in, control_notebook, run_control, run_graph
 
 log = structlog.get_logger("myspinbot.jobs.conductor")
 

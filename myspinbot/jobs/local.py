@@ -14,16 +14,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..store.artifacts import LocalStore
-from ..graph.catalogue import Catalogue
-from ..core import Cancelled, ConfigError, Settings, SpinError, as_spin_error, atomic_write, canonical_json, hash_json, new_id
-from ..core import settings, whole_text
-from ..executor.attempt import Executor, RunContext, StepResult, completed
-from ..graph.check import by_content, resolve_params, store_files, validate_graph
-from ..graph.plan import Plan, Result, Task, input_hash, job_error, outputs
+from ..core import Cancelled, ConfigError, Settings, SpinError, as_spin_error, atomic_write, canonical_json
+from ..core import hash_json, new_id, settings, whole_text
 from ..schema import Artifact, Event, Graph, Job, StepRow, StepSpec, dump_value, revive
+from ..graph.catalogue import Catalogue
+from ..graph.check import validate_graph
+from ..graph.files import by_content, store_files
+from ..graph.params import resolve_params
+from ..graph.plan import Plan, Result, Task, input_hash, job_error, outputs
 from ..graph.spec import installed_inputs
 from ..graph.why import reasons
+from ..store.artifacts import LocalStore
+from ..executor.attempt import Executor, RunContext, StepResult, completed
 
 # %% ../../nbs/jobs/00_local.ipynb #3416c811
 Execute = Callable[[Task], Awaitable[Result]]

@@ -16,18 +16,18 @@ from typing import Any
 import structlog
 from fastcore.basics import patch
 
-from ..store.artifacts import Store
-from ..bridge.streams import Bridge, Entry
-from ..graph.catalogue import Catalogue
-from ..core import (Conflict, KernelDied, ResourceLimit, ServiceUnavailable, Settings, SpinError, as_spin_error, new_id,
-                            settings)
-from ..executor.engine import import_nbformat, shared_imports
-from ..bridge.live import Events
-from ..executor.attempt import Executor, RunContext, StepResult, completed
-from ..store.journal import Journal
-from ..executor.pool import pool_of
+from ..core import Conflict, KernelDied, ResourceLimit, ServiceUnavailable, Settings, SpinError, as_spin_error
+from ..core import new_id, settings
 from ..schema import Event, StepMessage, StepRow, StepSpec
+from ..graph.catalogue import Catalogue
 from ..graph.why import learned_of, source_changes
+from ..bridge.live import Events
+from ..bridge.streams import Bridge, Entry
+from ..store.artifacts import Store
+from ..store.journal import Journal
+from ..executor.attempt import Executor, RunContext, StepResult, completed
+from ..executor.engine import import_nbformat, shared_imports
+from ..executor.pool import pool_of
 
 log = structlog.get_logger("myspinbot.jobs.worker")
 STORE_S = 600.0   # a result in hand waits so long for a store that does not answer

@@ -18,10 +18,11 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from ..core import InputError
-from .mesh import CHIN, LEFT_EYE, RIGHT_EYE, Mesh, detect, distinct, ibug, place_mesh, square_around, straightened, turn
-from .matte import Cut, change_background, read_background
-from .picture import Upscaler, fit_size, load_picture, sample_portrait, show_picture
 from ..schema import Wire
+from .matte import Cut, change_background, read_background
+from .mesh import CHIN, LEFT_EYE, RIGHT_EYE, Mesh, detect, distinct, ibug, place_mesh, square_around
+from .mesh import straightened, turn
+from .picture import Upscaler, fit_size, load_picture, sample_portrait, show_picture
 
 # %% ../../nbs/media/06_face.ipynb #ee3cf56d
 _all_ = ["load_picture", "fit_size", "sample_portrait", "show_picture", "Upscaler"]  # of use wherever portraits are

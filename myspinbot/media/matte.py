@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core import InputError
+from ..pixels import open_picture
 from .mesh import network
 from .picture import CLEAR, load_picture
-from ..pixels import open_picture
 
 # %% ../../nbs/media/05_matte.ipynb #a0320006
 def person_mask(

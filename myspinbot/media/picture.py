@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..content import GIVE, HEAD, give, named, sniff
 from ..core import ConfigError, InputError
-from ..pixels import BROKEN, decode, open_picture
 from ..schema import MAX_PIXELS
+from ..content import GIVE, HEAD, give, named, sniff
+from ..pixels import BROKEN, decode, open_picture
 
 # %% ../../nbs/media/03_picture.ipynb #e08afe22
 MAX_SIDE = 6000            # a longer side is reduced while reading

@@ -21,13 +21,14 @@ import numpy as np
 from pydantic import Field
 
 from ..core import InputError
-from .mesh import CHIN, LIP_GAPS, NOSE, place_mesh, square_around
+from ..schema import Wire
 from .face import eye_line, find_faces, grey, is_dark, refine_face
-from .video import VideoInfo, contact_sheet, poster, probe, read_frames, read_sound, save_png, thumbnail, write_video
 from .fitness import judge_frames
 from .gates import Gate, Gated, gate_table
-from ..schema import Wire
+from .mesh import CHIN, LIP_GAPS, NOSE, place_mesh, square_around
 from .speech import opening_curve
+from .video import VideoInfo, contact_sheet, poster, probe, read_frames, read_sound, save_png
+from .video import thumbnail, write_video
 
 # %% ../../nbs/media/16_quality.ipynb #50d12ac9
 _all_ = ["Gate", "gate_table", "VideoInfo", "contact_sheet", "poster", "probe", "read_frames", "read_sound", "save_png",

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from ..source import modules_hash
 from ..core import ConfigError, hash_json, new_id, settings
+from ..source import modules_hash
 
 # %% ../../nbs/media/17_samples.ipynb #800b93b3
 def _kept(

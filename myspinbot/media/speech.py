@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from ..core import ConfigError, InputError, atomic_write, hash_file, settings
-from ..language.reading import Unit, cut_units, find_pronunciations, for_espeak, read_aloud, read_pronunciations, spoken_text
-from .sound import LoudnessMeter, limit_peaks, read_wav, write_wav
+from ..language.reading import Unit, cut_units, find_pronunciations, for_espeak, read_aloud
+from ..language.reading import read_pronunciations, spoken_text
 from ..language.text import Piece, demand_latin, name_signs, plain_text, split_sentences
 from ..language.words import AFTER, BEFORE, GAPS, sound_groups, word_spans, written_words
+from .sound import LoudnessMeter, limit_peaks, read_wav, write_wav
 
 # %% ../../nbs/media/01_speech.ipynb #720d36ab
 _NOISE = dict(noise_w=1 << 14, noise_z=1 << 20)  # lengths; read round and round by longer pieces

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from ..core import ConfigError, InputError, atomic_write, hash_bytes
+from ..schema import Wire
 from .face import load_landmarks
 from .matte import load_cutout
 from .picture import on_grey
 from .rig import Rig
-from ..schema import Wire
 from .visemes import Track, mouth_track
 
 _all_ = ["Rig", "Track", "mouth_track"]

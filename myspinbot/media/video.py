@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from ..content import GIVE, HEAD, named, sniff_file
 from ..core import InputError
-from .picture import load_picture, on_grey
 from ..schema import Wire
+from ..content import GIVE, HEAD, named, sniff_file
+from .picture import load_picture, on_grey
 
 # %% ../../nbs/media/13_video.ipynb #d493505c
 class VideoInfo(Wire):

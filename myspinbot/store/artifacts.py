@@ -17,10 +17,10 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from fastcore.basics import patch
 
-from ..core import ConfigError, InputError, NotFound, ServiceUnavailable, Settings, atomic_write, hash_file, process_tag
-from ..core import sweep_orphans
-from ..content import HEAD, media_type_of
+from ..core import ConfigError, InputError, NotFound, ServiceUnavailable, Settings, atomic_write, hash_file
+from ..core import process_tag, sweep_orphans
 from ..schema import Artifact
+from ..content import HEAD, media_type_of
 
 _all_ = ["media_type_of"]
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from .steps import AGAIN, EXPIRED, JOB_LIVE, LEASE, STEP_ENDED, Attempts
 from ..core import Conflict, NotFound, ServiceUnavailable, hash_json, new_id
 from ..schema import PRIORITIES, Event, Graph, Job, StepRow, check_priority, dump_value
+from .steps import AGAIN, EXPIRED, JOB_LIVE, LEASE, STEP_ENDED, Attempts
 from .tables import event_of, job_of, mended, migrate, to_pg
 
 # %% ../../nbs/store/03_journal.ipynb #5a8afad0

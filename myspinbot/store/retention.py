@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import Any
 
-from .artifacts import Store
 from ..core import Conflict
+from .artifacts import Store
 from .journal import Journal
 
 # %% ../../nbs/store/05_retention.ipynb #27c00005

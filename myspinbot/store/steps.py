@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 from fastcore.basics import patch
 
 from ..core import FenceLost
-from .postgres import Connections
 from ..schema import PRIORITIES, Artifact, StepRow
+from .postgres import Connections
 from .tables import step_of, to_pg
 
 MAX_LOST = 3  # a step that took so many workers with it is poison

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..core import SpinError, printable
-from ..graph.draw import draw, esc
 from ..schema import STEP_END, STEP_OK, Graph, Job, StepRow
+from ..graph.draw import draw, esc
 
 # %% ../../nbs/ui/00_theme.ipynb #b9d39f5e
 CSS = """

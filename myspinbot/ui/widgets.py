@@ -19,11 +19,11 @@ from urllib.parse import parse_qs
 import ipywidgets as W
 from fastcore.basics import patch
 
-from ..store.artifacts import check_upload
 from ..core import InputError, NotFound, SpinError, as_spin_error, masked, own_folder, settings
-from .theme import (CSS, PAGE_CSS, diagram_html, error_html, esc, head_html, job_label, log_html, numbers_html,
-                            steps_html)
 from ..schema import JOB_END, Artifact, Event, Graph, Job, Port, StepRow, is_media
+from ..store.artifacts import check_upload
+from .theme import CSS, PAGE_CSS, diagram_html, error_html, esc, head_html, job_label, log_html
+from .theme import numbers_html, steps_html
 
 # %% ../../nbs/ui/01_widgets.ipynb #fb01680b
 NOTHING = object()  # what a field gives that was left at its default

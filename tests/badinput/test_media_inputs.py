@@ -210,7 +210,7 @@ def test_a_bomb_costs_no_memory(tmp_path):
     path = written("bomb.png", bomb())(tmp_path)
     assert path.stat().st_size < 1_000_000
     code = ("import resource, sys; from pathlib import Path; from PIL import Image; "
-            "from myspinbot.media.picture import load_picture; from myspinbot.graph.check import check_file; "
+            "from myspinbot.media.picture import load_picture; from myspinbot.graph.files import check_file; "
             "from myspinbot.core import InputError; from myspinbot.schema import Port\n"
             "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
             "try: load_picture(sys.argv[2])\n"

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image as Picture
 from PIL import ImageCms
 
-from myspinbot.graph.check import check_file
+from myspinbot.graph.files import check_file
 from myspinbot.core import InputError
 from myspinbot.media.video import thumbnail
 from myspinbot.media.picture import load_picture
@@ -534,7 +534,7 @@ def test_bombs_in_notes_cost_no_memory(tmp_path: Path) -> None:
         f.write(png()[:33] + number(0x7fffffff, 4) + b"tEXt")
         f.seek(0x7fffffff + 4, 1)
         f.write(png()[33:])
-    code = ("import resource, sys; from myspinbot.graph.check import check_file; "
+    code = ("import resource, sys; from myspinbot.graph.files import check_file; "
             "from myspinbot.media.picture import load_picture\n"
             "from myspinbot.schema import Port\n"
             "def use(path):\n"

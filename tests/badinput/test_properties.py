@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from myspinbot.bridge.streams import _entry
 from myspinbot.graph.catalogue import Catalogue
-from myspinbot.graph.check import check_key, params_from_text, read_graph, resolve_params, validate_graph
+from myspinbot.graph.params import check_key, params_from_text, resolve_params
+from myspinbot.graph.check import read_graph, validate_graph
 from myspinbot.core import SpinError, canonical_json
 from myspinbot.bridge.keys import BODY, split_stream, work_stream
 from myspinbot.graph.plan import Plan, Result, input_hash

@@ -50,7 +50,7 @@ setup(
     extras_require={"dev": lines("dev_requirements")},
     entry_points={
         "console_scripts": ["myspinbot=myspinbot.cli.app:main"],
-        "papermill.engine": ["spin=myspinbot.executor.engine:SpinEngine"],
+        "papermill.engine": ["spin=myspinbot.executor.papermill:SpinEngine"],
         "myspinbot.control": ["script=myspinbot.control.script"],
     },
 )

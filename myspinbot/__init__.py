@@ -6,21 +6,22 @@ __version__ = "0.1.0"
 _HOME = dict(Pipeline="api.run", Run="api.run", Client="api.client", Graph="schema", Artifact="schema",
              Image="schema", Audio="schema", Video="schema", Data="schema", Step="executor.step", SpinError="core",
              settings="core")
-# Modules that stood here in 0.1 before there were chapters. Their old names work, with a warning, until 0.2.
-_MOVED = dict(spec="graph.spec", catalogue="graph.catalogue", check="graph.check", draw="graph.draw",
-              plan="graph.plan", why="graph.why", keys="bridge.keys", events="bridge.live", pg="store.postgres",
-              tables="store.tables", attempts="store.steps", journal="store.journal", artifacts="store.artifacts",
-              retention="store.retention", step="executor.step", inside="executor.inside", launch="executor.launcher",
-              kernels="executor.kernel", pool="executor.pool", engine="executor.engine", runner="jobs.local",
-              worker="jobs.worker", conductor="jobs.conductor", numbers="language.numbers", rules="language.rules",
-              amounts="language.amounts", names="language.names", reading="language.reading", words="language.words",
-              markup="language.markup", text="language.text", sound="media.sound", speech="media.speech",
-              gates="media.gates", picture="media.picture", mesh="media.mesh", matte="media.matte", face="media.face",
-              lips="media.lips", skin="media.skin", eyes="media.eyes", rig="media.rig", head="media.head",
-              visemes="media.visemes", film="media.video", talk="media.talk", fitness="media.fitness",
-              video="media.quality", samples="media.samples", llm="control.script", client="api.client",
-              run="api.run", doors="api.doors", limits="api.limits", look="ui.theme", studio_server="ui.server",
-              services="cli.services")
+# Modules that stood here in 0.1 before there were chapters. Their old names work, with a warning, until 0.2; some are several now.
+_MOVED = dict(spec="graph.spec", catalogue="graph.catalogue", check="graph.check+graph.params+graph.files",
+              draw="graph.draw", plan="graph.plan", why="graph.why", keys="bridge.keys", events="bridge.live",
+              pg="store.postgres", tables="store.tables", attempts="store.steps", journal="store.journal",
+              artifacts="store.artifacts", retention="store.retention", step="executor.step",
+              inside="executor.inside", launch="executor.launcher", kernels="executor.kernel", pool="executor.pool",
+              engine="executor.engine+executor.document+executor.outputs+executor.papermill",
+              runner="jobs.local+jobs.workflow", worker="jobs.worker", conductor="jobs.conductor+jobs.waiting",
+              numbers="language.numbers", rules="language.rules", amounts="language.amounts", names="language.names",
+              reading="language.reading", words="language.words", markup="language.markup", text="language.text",
+              sound="media.sound", speech="media.speech", gates="media.gates", picture="media.picture",
+              mesh="media.mesh", matte="media.matte", face="media.face", lips="media.lips", skin="media.skin",
+              eyes="media.eyes", rig="media.rig", head="media.head", visemes="media.visemes", film="media.video",
+              talk="media.talk", fitness="media.fitness", video="media.quality", samples="media.samples",
+              llm="control.script", client="api.client", run="api.run", doors="api.doors", limits="api.limits",
+              look="ui.theme", studio_server="ui.server", services="cli.services")
 __all__ = ["__version__", *_HOME]
 
 
@@ -44,14 +45,17 @@ class _Moved:
         if not name.startswith("myspinbot.") or not (new := _MOVED.get(name.removeprefix("myspinbot."))): return None
         from importlib.machinery import ModuleSpec
         from warnings import warn
-        warn(f"{name} is myspinbot.{new} now; the old name goes with 0.2.", DeprecationWarning, stacklevel=2)
+        now = " and ".join(f"myspinbot.{o}" for o in new.split("+"))
+        warn(f"{name} is {now} now; the old name goes with 0.2.", DeprecationWarning, stacklevel=2)
         return ModuleSpec(name, self)
 
     def create_module(self, spec): return None
 
     def exec_module(self, module):
         from importlib import import_module
-        sys.modules[module.__name__] = import_module(f"myspinbot.{_MOVED[module.__name__.removeprefix('myspinbot.')]}")
+        parts = [import_module(f"myspinbot.{o}") for o in _MOVED[module.__name__.removeprefix("myspinbot.")].split("+")]
+        if len(parts) == 1: sys.modules[module.__name__] = parts[0]
+        else: vars(module).update({k: v for o in parts[::-1] for k, v in vars(o).items() if not k.startswith("__")})
 
 
 sys.meta_path.append(_Moved())

@@ -557,8 +557,9 @@ class _Reader:
         "The modules of ours, outer ones first, that a name stands for: `myspinbot.media.speak` is in `myspinbot.media.speech`."
         parent, _, tail = name.rpartition(".")
         up = self.find(parent, own) if parent and self.find(name, own) is None else None
-        home = dict(facts_of(up.file).offers).get(tail, "").split(".") if up and up.local and up.places and up.file else [""]
-        return [".".join([parent, *home[:n]]) for n in range(1, len(home) + 1)] if home[0] else [name]
+        homes = dict(facts_of(up.file).offers).get(tail) if up and up.local and up.places and up.file else None
+        paths = [o.split(".") for o in homes.split("+")] if homes else []
+        return [".".join([parent, *o[:n]]) for o in paths for n in range(1, len(o) + 1)] or [name]
 
 # %% ../nbs/04_source.ipynb #0444c1fd
 class _Gather(_Reader):

@@ -15,7 +15,9 @@ import redis
 from conftest import SERVERS, free_port
 
 from myspinbot.bridge import streams as bridge_module
-from myspinbot.bridge.streams import BLOCK_MS, HINT_ALL, Bridge, Entry, MemoryBridge, open_bridge
+from myspinbot.bridge.connection import BLOCK_MS, HINT_ALL
+from myspinbot.bridge.streams import Bridge, Entry, open_bridge
+from myspinbot.bridge.memory import MemoryBridge
 from myspinbot.core import InputError, ServiceUnavailable
 from myspinbot.bridge.keys import BODY, DEAD, GROUP, JOBS, JOBS_GROUP, work_stream
 from myspinbot.schema import StepMessage

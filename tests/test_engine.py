@@ -28,7 +28,9 @@ from myspinbot.core import (
     StepFailed,
     StepTimeout,
 )
-from myspinbot.executor.engine import RunRecord, _beginning, notebook_bytes, run_notebook, save_notebook
+from myspinbot.executor.engine import RunRecord, run_notebook
+from myspinbot.executor.outputs import _beginning
+from myspinbot.executor.document import notebook_bytes, save_notebook
 from myspinbot.executor.inside import _undisturbed
 from myspinbot.executor.kernel import Kernel
 from myspinbot.executor.pool import KernelPool

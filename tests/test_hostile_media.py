@@ -16,7 +16,6 @@ from PIL import EpsImagePlugin
 from PIL import Image as Picture
 from test_doors import picture, sound, video
 
-from myspinbot.media import video
 from myspinbot.graph.catalogue import Catalogue
 from myspinbot.graph.files import check_file
 from myspinbot.core import InputError, SpinError
@@ -25,7 +24,7 @@ from myspinbot.media.picture import load_picture
 from myspinbot.jobs.local import LocalRunner
 from myspinbot.schema import Artifact, Graph, Node, ParamRef, Port
 from myspinbot.executor.step import preview_jpeg
-from myspinbot.ui.widgets import result_widget
+from myspinbot.ui.job_view import result_widget
 
 ROOT = Path(__file__).resolve().parents[1]
 RED = (250, 10, 10)  # what the private files show
@@ -128,7 +127,8 @@ def test_a_film_whose_media_lie_in_another_file_reads_nothing(private: Path, mon
     with av.open(str(path), options=obeyed) as box: assert len(list(box.decode(video=0))) == 25  # the attack is a real one
     assert list(read_frames(path)) == []
     with pytest.raises(InputError, match=r"clip\.mov has no frames"): probe(path)
-    monkeypatch.setattr(video, "_NOTHING_ELSE", obeyed)  # what answers FFmpeg's wish for another file is enough alone
+    # What answers FFmpeg's wish for another file is enough alone.
+    monkeypatch.setattr("myspinbot.media.video._NOTHING_ELSE", obeyed)
     for read in (probe, lambda p: list(read_frames(p))):
         with pytest.raises(InputError, match=r"clip\.mov is not a video: it asks for another file"): read(path)
 

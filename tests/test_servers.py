@@ -26,7 +26,8 @@ from redis.retry import Retry
 from test_bridge import Wire, real  # noqa: F401  the suite's own fixture, on the server below
 
 from myspinbot.store.artifacts import S3Store, open_store
-from myspinbot.bridge.streams import Bridge, MemoryBridge
+from myspinbot.bridge.streams import Bridge
+from myspinbot.bridge.memory import MemoryBridge
 from myspinbot.core import ConfigError, Settings, hash_bytes
 from myspinbot.bridge.live import Events
 from myspinbot.store.journal import Journal

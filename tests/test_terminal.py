@@ -58,7 +58,9 @@ import logging, os, sys, threading, warnings
 import structlog
 from rich.table import Table
 from rich.text import Text
-from myspinbot.cli import app as cli
+from myspinbot.cli import console as cli
+from myspinbot.cli.app import main
+from myspinbot.core import InputError
 
 bad = os.environ["HOSTILE"]
 
@@ -78,7 +80,7 @@ def tomorrow() -> None:
     t.add_row(bad, Text(bad))
     cli.out.print(t)
     cli.show_json({bad: bad})
-    cli.print_error(cli.InputError(bad, bad))
+    cli.print_error(InputError(bad, bad))
     log = structlog.get_logger("x")
     log.info(bad, name=bad, word=bad.replace(" ", ""), odd=Odd(), many=[bad, Odd()])
     try: raise ValueError(bad)
@@ -89,7 +91,7 @@ def tomorrow() -> None:
     t.start()
     t.join()
     raise RuntimeError(bad)
-cli.main()
+main()
 '''
 
 

@@ -19,7 +19,9 @@ from PIL import Image
 
 from myspinbot.core import InputError
 from myspinbot.schema import Graph, Node, ParamRef, Port
-from myspinbot.ui.widgets import Form, JobView, Studio, job_view, result_widget
+from myspinbot.ui.fields import Form
+from myspinbot.ui.job_view import JobView, job_view, result_widget
+from myspinbot.ui.page import Studio
 
 ROOT = Path(__file__).parents[1]
 TOYS = Path(__file__).parent / "pipelines"

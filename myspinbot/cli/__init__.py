@@ -1,6 +1,6 @@
 """The command `myspinbot`."""
 from .. import _front
 
-_HOME = dict(main="app", client="app", read_table="app", watch_job="app")
+_HOME = dict(client="console", read_table="jobs", watch_job="jobs", main="app")
 __all__ = list(_HOME)
 __getattr__, __dir__ = _front(__name__, _HOME)

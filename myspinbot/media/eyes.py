@@ -137,13 +137,14 @@ class Lid:
         _, part = cv2.connectedComponents(brow.astype(np.uint8))
         brow &= np.isin(part, part[brow & (d < -1.5 * room) & (side < 0.8)])  # also hair, or the frame of glasses
         brow = _wider(brow, max(1, round(0.4 * unit)))
-        self._find_skin(crop, hole, brow, below)
+        reach = (brow & (d > -4) & (side < 0.8)).any(0).sum() / max((side < 0.8).any(0).sum(), 1)
+        self._find_skin(crop, hole, brow, below, float(smooth_step(reach, 0.1, 0.5)))  # glasses and usual brows stay above 4 mm
         own = 1 - cv2.GaussianBlur(brow.astype(np.float32), (0, 0), max(0.5 * unit, 0.8))
         own *= 1 - smooth_step(away, room - 0.5, room + 0.8)
         self.form = np.dstack([d, bottom - top, 1 - smooth_step(side, 1.0, 1.25), own]).astype(np.float32)
         self.lashes = Lashes(crop, self.skin, mm, opening)
 
-    def _find_skin(self, crop: np.ndarray, hole: np.ndarray, brow: np.ndarray, below: np.ndarray) -> None:
+    def _find_skin(self, crop: np.ndarray, hole: np.ndarray, brow: np.ndarray, below: np.ndarray, deep: float) -> None:
         "The colour of the lid's skin, in the shade of what lies over it, and its grain, no stronger than that below the eye."
         import cv2
         unit, hole = self.opening.axes.mm, hole | brow
@@ -151,12 +152,10 @@ class Lid:
         calm = cv2.morphologyEx(crop, cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (k, k)))
         skin = fill_smoothly(cv2.GaussianBlur(calm, (0, 0), 0.5 * unit), hole)
         skin = cv2.GaussianBlur(skin, (0, 0), max(1.1 * unit, 0.6))
-        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * round(2 * unit) + 1,) * 2)
-        high = cv2.morphologyEx(brow.astype(np.uint8), cv2.MORPH_OPEN, disc)  # at least 4 mm: the frame of glasses throws no shade
-        if high.any():
-            shade = np.minimum(fill_smoothly(cv2.GaussianBlur(crop, (0, 0), 0.5 * unit), high == 0), skin)
-            away = cv2.distanceTransform(1 - high, cv2.DIST_L2, 5) / unit
-            skin += np.exp(-((away / 2.2) ** 2))[..., None] * (shade - skin)
+        if deep:
+            shade = np.minimum(fill_smoothly(cv2.GaussianBlur(crop, (0, 0), 0.5 * unit), ~brow), skin)
+            away = cv2.distanceTransform(1 - brow.astype(np.uint8), cv2.DIST_L2, 5) / unit
+            skin += deep * np.exp(-((away / 2.2) ** 2))[..., None] * (shade - skin)
         self.skin = skin
         grain = crop - cv2.GaussianBlur(crop, (0, 0), 0.7 * unit)
         most = 0.7 * float(grain[below].std()) if below.any() else 0.0

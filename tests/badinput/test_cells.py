@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from jupyter_client.session import Session
 
 from myspinbot.core import GateFailed, InputError, KernelDied, StepFailed, StepTimeout, whole_text
-from myspinbot.executor.engine import Collector, RunRecord, notebook_bytes, run_notebook
+from myspinbot.executor.outputs import Collector
+from myspinbot.executor.engine import RunRecord, run_notebook
+from myspinbot.executor.document import notebook_bytes
 from myspinbot.executor.pool import KernelPool
 from myspinbot.executor.inside import packed
 from myspinbot.schema import MAX_DEPTH

@@ -13,7 +13,7 @@ from farm import Farm, http_of
 from PIL import Image
 
 from myspinbot.graph.catalogue import Catalogue
-from myspinbot.cli.app import read_table
+from myspinbot.cli.jobs import read_table
 from myspinbot.core import InputError, NotFound, SpinError, error_from_dict
 from myspinbot.jobs.local import LocalRunner
 from myspinbot.schema import Graph, Node, ParamRef, Port

@@ -12,7 +12,8 @@ import pytest
 import redis
 from farm import Farm, wait_for
 
-from myspinbot.bridge.streams import HINT_ALL, Bridge
+from myspinbot.bridge.connection import HINT_ALL
+from myspinbot.bridge.streams import Bridge
 from myspinbot.bridge.keys import BODY, CANCEL, DEAD, DONE, JOBS, event_channel, event_stream, work_stream
 from myspinbot.schema import StepMessage
 
@@ -148,7 +149,7 @@ def test_watchers_of_a_job_live_through_garbage_events(up: Farm, redis_url: str,
     watch = [subprocess.Popen([sys.executable, "-m", "myspinbot", *a], env=up.env, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, text=True)
              for a in (["logs", "-f", job], ["logs", "-f", job, "--json"])]
-    bars = f"from myspinbot.cli.app import client, watch_job\nwith client() as c: print(watch_job(c, {job!r}).status)"
+    bars = f"from myspinbot.cli import client, watch_job\nwith client() as c: print(watch_job(c, {job!r}).status)"
     follower = subprocess.Popen([sys.executable, "-c", bars], env=up.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                 text=True)
     seen = [e for _, e in up.client.events.read(job)]

@@ -26,7 +26,7 @@ import myspinbot.api.client
 import myspinbot.jobs.conductor
 import myspinbot.jobs.local
 import myspinbot.jobs.worker
-from myspinbot.bridge.streams import MemoryBridge
+from myspinbot.bridge.memory import MemoryBridge
 from myspinbot.graph.catalogue import approve
 from myspinbot.api.client import Client
 from myspinbot.jobs.conductor import Conductor

@@ -7,7 +7,8 @@ import pytest
 from memory_journal import MemoryJournal
 from simulate import Sim, SimBridge, summary
 
-from myspinbot.jobs.conductor import Conductor, Waiter
+from myspinbot.jobs.conductor import Conductor
+from myspinbot.jobs.waiting import Waiter
 from myspinbot.jobs.worker import Worker
 
 

@@ -10,7 +10,7 @@ import redis
 from conftest import SERVERS, free_port
 
 from myspinbot.core import InputError, ServiceUnavailable
-from myspinbot.bridge.live import LOG_BYTES, VALUE_BYTES, Events, MemoryEvents, open_events, trim
+from myspinbot.bridge.live import LOG_BYTES, VALUE_BYTES, Events, MemoryEvents, trim
 from myspinbot.bridge.keys import event_channel, event_stream
 from myspinbot.schema import Event
 
@@ -37,7 +37,7 @@ def redis_url(request: pytest.FixtureRequest, flushed_server: Callable[[str], st
 
 @pytest.fixture(params=[*SERVERS, "memory"])
 def events(request: pytest.FixtureRequest, flushed_server: Callable[[str], str]) -> Iterator[Events | MemoryEvents]:
-    e = open_events("memory:" if request.param == "memory" else flushed_server(request.param))
+    e = MemoryEvents() if request.param == "memory" else Events(flushed_server(request.param))
     yield e
     e.close()
 

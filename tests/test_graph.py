@@ -14,16 +14,11 @@ from myspinbot.store.artifacts import LocalStore
 from myspinbot.graph.catalogue import Catalogue, control_step
 from myspinbot.core import GraphError, InputError, NotFound
 from myspinbot.graph.draw import edges_of
-from myspinbot.graph.builder import (
-    Pipeline,
-    draw,
-    file_values,
-    mermaid,
-    params_from_text,
-    resolve_params,
-    store_files,
-    validate_graph,
-)
+from myspinbot.graph.builder import Pipeline
+from myspinbot.graph.draw import draw
+from myspinbot.graph.files import file_values, store_files
+from myspinbot.graph.params import params_from_text, resolve_params
+from myspinbot.graph.check import validate_graph
 from myspinbot.schema import Artifact, Audio, Condition, Data, Graph, Image, Node, ParamRef, Port, PortRef, Video
 
 
@@ -322,12 +317,6 @@ def test_picture_shows_states_and_runs_left_to_right(p: Pipeline) -> None:
     assert p._repr_mimebundle_()["text/html"].startswith("<svg")
     empty = Pipeline("empty", catalogue=p.catalogue)
     assert empty._repr_html_().startswith("<svg") and "no steps yet" in repr(empty)
-
-
-def test_mermaid_names_are_safe(cat: Catalogue) -> None:
-    g = doc(node("end"), node("graph", after=("end",)), params=(Port(name="end"),))
-    text = mermaid(g, {"end": "failed"})
-    for part in ('n_end["<b>end</b><br/>gt.say"]:::failed', "n_end --> n_graph", "classDef failed"): assert part in text
 
 
 def test_unknown_step_of_the_catalogue_itself_is_not_found(cat: Catalogue) -> None:

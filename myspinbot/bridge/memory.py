@@ -134,17 +134,12 @@ class MemoryBridge(_MemoryWork):
     def forget_conductor(self, name: str) -> None: return
     def forget_silent(self, queues: Sequence[str], idle_ms: int) -> int: return 0  # here a name lives by what it holds
 
-    def finish_many(self, items: Sequence[tuple[Entry, dict[str, Any] | None]]) -> int:
-        done = 0
-        with self._lock:
-            for e, hint in items:
-                done += self._held.get(e.stream, {}).pop(e.id, None) is not None
-                self._fresh.get(e.stream, {}).pop(e.id, None)
-                if hint: self._tell(DONE, json.dumps(hint).encode())
-        return done
-
     def finish(self, entry: Entry, hint: dict[str, Any] | None = None) -> bool:
-        return self.finish_many([(entry, hint)]) == 1
+        with self._lock:
+            held = self._held.get(entry.stream, {}).pop(entry.id, None)
+            self._fresh.get(entry.stream, {}).pop(entry.id, None)
+            if hint: self._tell(DONE, json.dumps(hint).encode())
+        return held is not None
 
     def hand_back(self, entry: Entry) -> str | None:
         with self._lock:

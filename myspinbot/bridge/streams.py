@@ -246,13 +246,6 @@ def forget_silent(self: Bridge,
         return gone + self._script(self._redis, SILENT, [JOBS], JOBS_GROUP, idle_ms, "drop")
 
 # %% ../../nbs/bridge/02_streams.ipynb #4a259033
-@patch
-def finish_many(self: Bridge,
-    items: Sequence[tuple[Entry, dict[str, Any] | None]],  # entry, hint for the conductor
-) -> int:  # how many of them were pending until now
-    "Acknowledge, delete and publish the hints, as one command."
-    return sum(_finish(self, [(e.stream, e.id, json.dumps(hint) if hint else "") for e, hint in items]))
-
 def _finish(bridge: Bridge, items: Sequence[tuple[str, str, str]]) -> list[int]:
     "Stream, id and hint of each; 1 for each that was pending until now."
     if not items: return []

@@ -3,7 +3,7 @@ from .. import _front
 
 _HOME = dict(Catalogue="catalogue", Declined="catalogue", approve="catalogue", control_step="catalogue",
              load_step="catalogue", NotebookError="catalogue", validate_graph="check", params_from_text="params",
-             resolve_params="params", file_values="files", replace_files="files", store_files="files", mermaid="draw",
+             resolve_params="params", file_values="files", replace_files="files", store_files="files",
              Pipeline="builder", StepHandle="builder", Value="builder", When="builder")
 __all__ = list(_HOME)
 __getattr__, __dir__ = _front(__name__, _HOME)

@@ -6,6 +6,7 @@ the store, and LangGraph, whose place a loop over `Plan` takes. Every call to a 
 last.
 """
 import argparse
+import importlib
 import sys
 import time
 import traceback
@@ -21,14 +22,10 @@ from greenlet import getcurrent
 from memory_journal import MemoryJournal
 from virtual import Asyncio, Event, Fiber, Pool, Process, Threading, Time, World
 
-import myspinbot.bridge.streams
-import myspinbot.api.client
-import myspinbot.jobs.conductor
-import myspinbot.jobs.local
-import myspinbot.jobs.worker
 from myspinbot.bridge.memory import MemoryBridge
 from myspinbot.graph.catalogue import approve
 from myspinbot.api.client import Client
+from myspinbot.jobs import conductor
 from myspinbot.jobs.conductor import Conductor
 from myspinbot.core import Cancelled, Conflict, KernelDied, NotFound, ServiceUnavailable, Settings, StepFailed, hash_json
 from myspinbot.executor.attempt import StepResult
@@ -223,8 +220,8 @@ class Executor:
 
 
 async def run_graph(graph: Graph, params: dict, execute: Callable[[Task], Awaitable[Result]]) -> dict[str, Result]:
-    "`local.run_graph` without LangGraph around it."
-    aio, plan, results = myspinbot.jobs.conductor.asyncio, Plan(graph, params), {}
+    "`workflow.run_graph` without LangGraph around it."
+    aio, plan, results = conductor.asyncio, Plan(graph, params), {}
     running = {aio.create_task(execute(t)): t.key for t in plan.start()}
     try:
         while running:
@@ -238,26 +235,7 @@ async def run_graph(graph: Graph, params: dict, execute: Callable[[Task], Awaita
     return results
 
 
-PATCHED: list[tuple[Any, str]] = [
-    (myspinbot.bridge.streams, "threading"),
-    (myspinbot.bridge.streams, "time"),
-    (myspinbot.jobs.worker, "threading"),
-    (myspinbot.jobs.worker, "time"),
-    (myspinbot.jobs.worker, "ThreadPoolExecutor"),
-    (myspinbot.jobs.worker, "Executor"),
-    (myspinbot.jobs.worker, "pool_of"),
-    (myspinbot.jobs.worker, "log"),
-    (myspinbot.jobs.worker, "new_id"),
-    (myspinbot.jobs.conductor, "asyncio"),
-    (myspinbot.jobs.conductor, "threading"),
-    (myspinbot.jobs.conductor, "time"),
-    (myspinbot.jobs.conductor, "run_graph"),
-    (myspinbot.jobs.conductor, "import_module"),
-    (myspinbot.jobs.conductor, "control_notebook"),
-    (myspinbot.jobs.conductor, "log"),
-    (myspinbot.jobs.conductor, "new_id"),
-    (myspinbot.jobs.local, "asyncio"),
-]
+SIMULATED = ("bridge.streams", "bridge.memory", "jobs.worker", "jobs.waiting", "jobs.workflow", "jobs.conductor")
 
 
 # --- one schedule
@@ -494,13 +472,13 @@ class Sim:
 
     def run(self) -> "Sim":
         w, self.nobody, self.ended = self.world, Process(""), False
-        saved = [(m, n, getattr(m, n)) for m, n in PATCHED]
-        aio, th = self.asyncio, self.threading
-        new = [th, Time(w, server=True), th, Time(w), lambda n, thread_name_prefix="": Pool(w, n),
-               lambda store, *_, **__: Executor(self, store),
-               lambda *_: SILENT, SILENT, self.new_id, aio, th, Time(w), run_graph, lambda _: None, lambda *_: b"{}",
-               SILENT, self.new_id, aio]
-        for (m, n), o in zip(PATCHED, new, strict=True): setattr(m, n, o)
+        new = dict(asyncio=self.asyncio, threading=self.threading, time=Time(w), new_id=self.new_id, log=SILENT,
+                   ThreadPoolExecutor=lambda n, thread_name_prefix="": Pool(w, n),
+                   Executor=lambda store, *_, **__: Executor(self, store), pool_of=lambda *_: SILENT,
+                   run_graph=run_graph, import_module=lambda _: None, control_notebook=lambda *_: b"{}")
+        modules = [importlib.import_module(f"myspinbot.{o}") for o in SIMULATED]
+        saved = [(m, n, getattr(m, n)) for m in modules for n in new if hasattr(m, n)]
+        for m, n, _ in saved: setattr(m, n, Time(w, server=True) if n == "time" and "bridge" in m.__name__ else new[n])
         try:
             self.bridge = SimBridge()
             self.bridge._world = w

@@ -7,6 +7,7 @@ import pytest
 from memory_journal import MemoryJournal
 from simulate import Sim, SimBridge, summary
 
+from myspinbot.jobs import conductor
 from myspinbot.jobs.conductor import Conductor
 from myspinbot.jobs.waiting import Waiter
 from myspinbot.jobs.worker import Worker
@@ -85,8 +86,8 @@ MUTATIONS = {
     ),
     "the reconciler leaves poison": (Conductor, "reconcile", "self.journal.poisoned()", "[]"),
     "a conductor does not look at what is done": (
-        Conductor,
-        "execute",
+        conductor,
+        "run_step",
         "if row and row.status in STEP_END",
         "if False",
     ),

@@ -7,7 +7,7 @@ __all__ = ['MAX_DEPTH', 'MAX_BYTES', 'MAX_VALUES', 'MAX_PIXELS', 'MEDIA', 'SCALA
            'StepStatus', 'JOB_END', 'STEP_OK', 'STEP_END', 'Priority', 'PRIORITIES', 'EventKind', 'Wire', 'show_value',
            'text_problem', 'check_json', 'Image', 'Audio', 'Video', 'Data', 'port_type', 'is_media', 'Port', 'Artifact',
            'Needs', 'StepSpec', 'ParamRef', 'PortRef', 'Condition', 'parse_value', 'revive', 'dump_value', 'Node',
-           'Graph', 'check_priority', 'Job', 'StepRow', 'Event', 'StepMessage']
+           'Graph', 'check_priority', 'Job', 'StepRow', 'job_json', 'step_json', 'Event', 'StepMessage']
 
 # %% ../nbs/01_schema.ipynb #70e4564f
 import math, reprlib
@@ -331,6 +331,19 @@ class StepRow(Wire):
     def seconds(self) -> float | None:
         "Wall time from the last claim to the end."
         return (self.ended_at - self.started_at).total_seconds() if self.ended_at and self.started_at else None
+
+# %% ../nbs/01_schema.ipynb #d0dd6f26
+def job_json(
+    job: Job,
+    body: bool = False,  # with the graph
+) -> dict[str, Any]:
+    "A job for other programs, which names its pipeline."
+    return job.model_dump(mode="json", exclude=None if body else {"graph"}) | dict(
+        pipeline=job.graph.name, title=job.graph.title, params=dump_value(job.params), outputs=dump_value(job.outputs))
+
+def step_json(row: StepRow) -> dict[str, Any]:
+    "A step's row for other programs."
+    return row.to_json() | dict(inputs=dump_value(row.inputs), outputs=dump_value(row.outputs), seconds=row.seconds)
 
 # %% ../nbs/01_schema.ipynb #ea613961
 EventKind = Literal["job", "step", "progress", "preview", "log"]

@@ -201,6 +201,34 @@ def test_a_chapter_is_read_without_looking_ahead() -> None:
                 assert order.get(near, -1) < place, f"{module} imports {near}, which comes later"
 
 
+def late_attributes() -> list[str]:
+    "Attributes of classes that neither `__init__` nor what it calls gives them."
+    born: dict[str, set[str]] = {}
+    later: list[tuple[str, str, set[str]]] = []
+    def own(fn: ast.AST, context: type) -> set[str]:
+        me = fn.args.args[0].arg if fn.args.args else ""
+        return {n.attr for n in ast.walk(fn) if isinstance(n, ast.Attribute) and isinstance(n.ctx, context)
+                and isinstance(n.value, ast.Name) and n.value.id == me}
+    for p in sorted((ROOT / "myspinbot").rglob("*.py")):
+        for n in ast.parse(p.read_text()).body:
+            if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and any(ast.unparse(o) == "patch" for o in n.decorator_list):
+                later.append((ast.unparse(n.args.args[0].annotation), n.name, own(n, ast.Store)))
+            if not isinstance(n, ast.ClassDef): continue
+            methods = {o.name: o for o in n.body if isinstance(o, ast.FunctionDef | ast.AsyncFunctionDef)}
+            first = [methods[o] for o in ("__new__", "__init__", "initialize") if o in methods]  # tornado calls `initialize`
+            called = {a for o in first for a in own(o, ast.Load)}
+            names = {t.id for o in n.body if isinstance(o, ast.Assign | ast.AnnAssign)
+                     for t in ast.walk(o) if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)}
+            names |= {a for o in first for a in own(o, ast.Store)}
+            born[n.name] = names.union(*(born.get(ast.unparse(b), set()) for b in n.bases))
+            later += [(n.name, k, own(o, ast.Store)) for k, o in methods.items() if k not in called]
+    return [f"{c}.{a} in {m}" for c, m, found in later for a in sorted(found - born.get(c, set()))]
+
+
+def test_every_attribute_is_born_in_init() -> None:
+    assert late_attributes() == []
+
+
 def test_chapters_offer_what_they_have() -> None:
     for name in ("", *CHAPTERS):
         package = importlib.import_module(f"myspinbot.{name}".strip("."))

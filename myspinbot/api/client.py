@@ -8,6 +8,7 @@ __all__ = ['OUTAGE_S', 'service_settings', 'Client']
 # %% ../../nbs/api/00_client.ipynb #bcfd3ec6
 import threading, time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,7 @@ def accept(self: Client,
 @patch
 def hint(self: Client, fn: Callable, *args: Any) -> None:
     "Tell Redis; without it the conductor finds out at its next scan."
-    try: fn(*args)
-    except ServiceUnavailable: self.hints_lost = getattr(self, "hints_lost", 0) + 1
+    with suppress(ServiceUnavailable): fn(*args)
 
 @patch
 def upload(self: Client, path: str | Path) -> Artifact:

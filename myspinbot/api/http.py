@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STATUS', 'jobs', 'files', 'HOW', 'BODY', 'FILE_HEADERS', 'CLOSED', 'PLAYED', 'about', 'docs', 'DOCS_HEADERS',
            'DOCS_PAGE', 'DOCS_START', 'DOCS_FILES', 'error_response', 'Submit', 'Answer', 'Rerun', 'refuse_paths',
-           'client_of', 'job_json', 'step_json', 'submit', 'list_jobs', 'get_job', 'get_steps', 'get_why', 'get_events',
-           'cancel', 'retry', 'rerun', 'approve', 'stream', 'blob', 'upload', 'store_body', 'download', 'get_pipelines',
+           'client_of', 'submit', 'list_jobs', 'get_job', 'get_steps', 'get_why', 'get_events', 'cancel', 'retry',
+           'rerun', 'approve', 'stream', 'blob', 'upload', 'store_body', 'download', 'get_pipelines',
            'get_steps_catalogue', 'health', 'families', 'Gauges', 'metrics', 'docs_page', 'docs_start', 'docs_file',
            'create_app']
 
@@ -25,8 +25,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 
 from .. import __version__
 from ..core import InputError, NotFound, SpinError
-from ..schema import Artifact, Graph, Job, JobStatus, Priority, StepRow, check_json, dump_value, revive
-from ..schema import show_value
+from ..schema import Artifact, Graph, JobStatus, Priority, check_json, job_json, revive, show_value, step_json
 from ..graph.check import explain
 from ..graph.files import file_values
 from ..store.artifacts import SHOWN, LocalStore, check_sha, check_upload, disk_error, media_type_of, safe_name
@@ -88,20 +87,6 @@ def refuse_paths(
 jobs = APIRouter(tags=["jobs"])
 
 def client_of(request: Request | WebSocket) -> Client: return request.app.state.client
-
-def job_json(
-    job: Job,
-    body: bool = False,  # with the graph
-) -> dict[str, Any]:
-    "A job for the wire; a list of jobs names the pipeline and leaves the graph out."
-    d = job.model_dump(mode="json", exclude=None if body else {"graph"})
-    return d | dict(pipeline=job.graph.name, title=job.graph.title, params=dump_value(job.params),
-                    outputs=dump_value(job.outputs))
-
-def step_json(row: StepRow) -> dict[str, Any]:
-    "A step's row for the wire."
-    d = row.model_dump(mode="json")
-    return d | dict(inputs=dump_value(row.inputs), outputs=dump_value(row.outputs), seconds=row.seconds)
 
 @jobs.post("/jobs", status_code=201)
 def submit(request: Request, what: Submit) -> dict[str, Any]:

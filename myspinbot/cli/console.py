@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'COLORS', 'Json', 'JobId', 'out', 'err', 'PlainConsole', 'PlainStream', 'print_error', 'show_json',
-           'status_text', 'table', 'parse_params', 'client', 'full_id', 'job_json', 'step_json', 'start_log',
-           'stop_on_signal']
+           'status_text', 'table', 'parse_params', 'client', 'full_id', 'start_log', 'stop_on_signal']
 
 # %% ../../nbs/cli/00_console.ipynb #c1791319
 import json, os, signal, threading
@@ -16,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.segment import Segment
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..core import InputError, NotFound, SpinError, printable, printable_json
@@ -61,7 +60,8 @@ def show_json(value: Any) -> None:
     print(printable_json(json.dumps(value, ensure_ascii=False, default=str)), flush=True)
 
 def status_text(s: str) -> Text: return Text(s, COLORS.get(s, "white"))
-def table(*columns: str) -> Table: return Table(*columns, box=None, header_style="bold", pad_edge=False)
+def table(*columns: str) -> Table:
+    return Table(*(Column(o, overflow="fold") for o in columns), box=None, header_style="bold", pad_edge=False)
 def parse_params(given: list[str]) -> dict[str, Any]:
     "`name=value` pairs as text; types are applied against the pipeline's parameters. Raises `InputError`."
     bad = next((p for p in given if "=" not in p), None)
@@ -82,12 +82,6 @@ def full_id(c: Any, start: str) -> str:
     hits = [j.id for j in c.jobs(limit=500) if j.id.startswith(start) or j.id.removeprefix("job_").startswith(start)]
     if len(hits) == 1: return hits[0]
     raise NotFound(f"{len(hits)} jobs begin with {start!r}.", "List them with `myspinbot jobs`.")
-
-def job_json(j: Any) -> dict[str, Any]:
-    "A job for `--json`: all but the graph's body."
-    return j.model_dump(mode="json", exclude={"graph"}) | dict(pipeline=j.graph.name)
-
-def step_json(s: Any) -> dict[str, Any]: return s.model_dump(mode="json") | dict(seconds=s.seconds)
 
 def start_log() -> None:
     "Log lines for long-running processes, which may hold many connections at once."

@@ -14,7 +14,7 @@ import typer
 from rich.text import Text
 
 from ..core import SpinError, masked, settings
-from .console import Json, app, out, show_json
+from .console import Json, app, out, show_json, table
 
 # %% ../../nbs/cli/03_doctor.ipynb #5a1f0060
 def redis_check() -> tuple[bool, str, str]:
@@ -86,8 +86,9 @@ def doctor(as_json: Json = False) -> None:
     rows = list(checks())
     if as_json: show_json([dict(name=n, ok=ok, found=f, mend="" if ok else m) for n, ok, f, m in rows])
     else:
+        t = table("", "what", "found, and what to do")
         for n, ok, found, fix in rows:
-            mark = Text("ok     ", "green") if ok else Text("missing", "red")
-            out.print(mark, f"{n:<24} {found}", soft_wrap=True)
-            if not ok: out.print(f"        {fix}", style="bold", soft_wrap=True)
+            what = found if ok else Text(f"{found}\n").append(fix, "bold")
+            t.add_row(Text("ok", "green") if ok else Text("missing", "red"), n, what)
+        out.print(t)
     if not all(ok for _, ok, _, _ in rows): raise typer.Exit(1)

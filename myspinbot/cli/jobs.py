@@ -19,9 +19,9 @@ from rich.table import Column
 from rich.text import Text
 
 from ..core import InputError, SpinError, error_from_dict, printable
-from ..schema import JobStatus, show_value
-from .console import JobId, Json, app, client, err, full_id, job_json, out, parse_params, print_error
-from .console import show_json, status_text, step_json, table
+from ..schema import JobStatus, job_json, show_value, step_json
+from .console import JobId, Json, app, client, err, full_id, out, parse_params, print_error, show_json
+from .console import status_text, table
 
 # %% ../../nbs/cli/04_jobs.ipynb #d4799b29
 class Field(ProgressColumn):

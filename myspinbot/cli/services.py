@@ -79,6 +79,8 @@ class Stack:
         self.cfg = cfg or settings()
         self.workers, self.dashboards, self.api = self.cfg.workers if workers is None else workers, dashboards, api
         self.embedded, self.children, self.lock, self.env = Embedded(self.cfg.home), [], None, {}
+        self.state: dict[str, Any] = {}   # what `up.json` says
+        self.token: str | None = None
         self.next_servers, self.servers_wait = 0.0, 0.5  # when to look at the servers, and how long to wait after a start
 
     @property

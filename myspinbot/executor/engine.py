@@ -35,6 +35,7 @@ class Watch:
         self.kernel, self.timeout_s, self.should_stop = kernel, timeout_s, should_stop
         self.grace_s, self.tick, self.began = grace_s, tick, time.monotonic()
         self.error: SpinError | None = None
+        self._stopped, self._rungs = 0.0, []  # since when it is to stop, and what is still to come, with seconds after that
 
     def __call__(self) -> None:
         if self.tick: self.tick()

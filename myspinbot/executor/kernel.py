@@ -29,28 +29,36 @@ class Kernel:
         parent: Parent,
         name: str = "python3",  # kernel spec; python3 is forked, another one executed
         cwd: str | Path | None = None,  # of one of another language; ours enters a folder with each run
-        start_s: float = 60.0,  # how long it may take until it answers
     ):
         from jupyter_client.session import Session
         self.id, self.parent, self.name = secrets.token_hex(4), parent, name
         self.imports, self.resident = (), ""  # what was asked for: modules, and the notebook that it serves for good
         self.runs, self.due, self.told = 0, {}, {}
-        self.python, self.key, began = name == "python3", secrets.token_hex(16), time.monotonic()
-        self.sources, self.started_ns = [], time.time_ns()  # files that it imported from outside installed packages
+        self.python, self.key, self.cwd = name == "python3", secrets.token_hex(16), cwd
+        self.pid, self.start_s, self.info, self.poller = 0, 0.0, {}, None  # once it has started
+        self.sources, self.started_ns = [], 0  # files that it imported from outside installed packages
         self.memory_mb, self.processes, self._counted, self._group = 0, 0, 0.0, [0]  # limits, and what they are held against
         self.base = parent.folder / self.id
         self.log = self.base.with_suffix(".log")
         self.session = Session(key=self.key.encode(), signature_scheme="hmac-sha256")
-        argv, env = ([], {}) if self.python else self._command()
         self.sockets: dict[str, Any] = {}
-        self.pid = parent.spawn(self.id, base=str(self.base), key=self.key, log=str(self.log), argv=argv, env=env,
-                                cwd=str(parent.folder if self.python else cwd or parent.folder))
-        try: self._connect(start_s)
+
+    def start(self,
+        within_s: float = 60.0,  # how long it may take until it answers
+    ) -> "Kernel":
+        "Start the process; raises `NotFound` for a kernel that is not installed, `KernelDied` when it does not answer."
+        began, self.started_ns = time.monotonic(), time.time_ns()
+        argv, env = ([], {}) if self.python else self._command()
+        folder = self.parent.folder
+        self.pid = self.parent.spawn(self.id, base=str(self.base), key=self.key, log=str(self.log), argv=argv, env=env,
+                                     cwd=str(folder if self.python else self.cwd or folder))
+        try: self._connect(within_s)
         except BaseException:
             self.kill()
             raise
         if self.python: self._rehearse()
         self.start_s = time.monotonic() - began
+        return self
 
     def __repr__(self) -> str: return f"Kernel({self.id}, {'resident' if self.resident else 'pristine'}, runs={self.runs})"
     def alive(self) -> bool: return self.parent.alive(self.id)

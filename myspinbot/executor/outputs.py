@@ -25,6 +25,7 @@ class Collector:
     ):
         from nbclient import NotebookClient
         self.nb, self.on_output, self.room = nb, on_output, int(max_mb * 2**20)
+        self.index, self.cell = -1, None  # what runs now
         self.client = NotebookClient(nb, km=None, **settings)
         self.client.kc = _Channel(kernel)
         self.max_mb, self._parts = max_mb, []

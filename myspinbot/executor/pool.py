@@ -129,7 +129,7 @@ def _victim(self: KernelPool, wanted: tuple[str, ...] = ()) -> Kernel | None:
 def _start(self: KernelPool, imports: tuple[str, ...] = (), name: str = "python3", cwd: str | Path | None = None,
            start_s: float = 60.0) -> Kernel:
     "A new kernel, counted in `_used` by the caller."
-    try: return Kernel(self._current().parent(imports), name, cwd, start_s)
+    try: return Kernel(self._current().parent(imports), name, cwd).start(start_s)
     except BaseException:
         with self._changed:
             self._used -= 1

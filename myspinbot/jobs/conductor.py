@@ -57,6 +57,7 @@ class Conductor:
         self.looked = self.said = float("-inf")  # when the catalogue was read, when a server's absence was logged
         self.checked: Place | None = None  # how far the reconciler has looked at entries
         self.clock = ClockWatch(journal.now, self.cfg.lease_s)
+        self.waiter: Waiter | None = None  # while it runs
         self.find, self.write = Batch(self.find_many), Batch(journal.record_steps)
         self.dispatch, self.finish = Batch(self.dispatch_many), Batch(journal.finish_jobs)
 

@@ -65,6 +65,7 @@ class Worker:
         self.learned: dict[str, dict[str, Any]] = {}  # what was told about each source
         self.given_up = threading.Event()     # told to stop, and servers do not come back
         self.ready = False                    # it has looked for work once
+        self.next_reclaim = 0.0               # when to look for entries of workers that fell silent
 
     def tell(self, job: str, kind: str, key: str, **body: Any) -> None:
         "A live event; decoration, so nobody waits for Redis here, and one that is away is no error."
@@ -316,7 +317,7 @@ def get_ready(self: Worker) -> None:
 @patch
 def run(self: Worker, stop: threading.Event) -> None:
     "Run until `stop` is set, then drain."
-    ended, self.next_reclaim = threading.Event(), 0.0
+    ended = threading.Event()
     side = [threading.Thread(target=f, args=(ended,), name=f.__name__, daemon=True) for f in (self.heartbeat,
         self.keep_entries, self.sweep, self.listen_cancel, self.watch)]
     for t in side: t.start()

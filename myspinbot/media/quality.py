@@ -39,6 +39,8 @@ class LipTracker:
     "Follows one face through a video; `measure` takes its frames in order."
     def __init__(self):
         self.count, self.step, self.lost, self.gain, self.next_look = 0, 1, True, 1.0, 0
+        self.distance = self.side = self.angle = 0.0  # of the face where it was found: between the eyes, of the square, in degrees
+        self.eyes = self.centre = self.start = np.zeros(2)
 
     def twin(self) -> "LipTracker":
         "Another one that takes the next frame and then every second one; those between are left for this one."

@@ -80,6 +80,7 @@ def checks() -> Iterator[tuple[str, bool, str, str]]:
     model = masked(settings().llm_base_url.get_secret_value())
     yield "language model", True, model or "not set: give a text, not a topic (SPIN_LLM_BASE_URL)", ""
 
+# %% ../../nbs/cli/03_doctor.ipynb #314e6e3b
 @app.command(rich_help_panel="Services")
 def doctor(as_json: Json = False) -> None:
     "Say what is missing, and the command that mends it."

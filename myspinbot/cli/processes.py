@@ -63,6 +63,7 @@ def worker(
         Worker(c.journal, c.bridge, c.events, c.store, c.catalogue, own, cfg).run(stop)
     if lock: lock.close()
 
+# %% ../../nbs/cli/02_processes.ipynb #7a8723f4
 @app.command(hidden=True)
 def dashboards(port: int = 8866, host: str = "127.0.0.1") -> None:
     "Serve the studio with Voila."
@@ -156,6 +157,7 @@ def down(timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 90.0
     if as_json: show_json(dict(stopped=bool(state), home=str(home)))
     else: out.print("Stopped." if state else f"Nothing was up in {home}.")
 
+# %% ../../nbs/cli/02_processes.ipynb #5e68aede
 @app.command(rich_help_panel="Services")
 def models(as_json: Json = False) -> None:
     "Get the trained weights that are missing; `make` does it once."
@@ -178,6 +180,7 @@ def prune(
     for sha in gone: out.print(sha)
     out.print(f"Files {'that would be removed' if dry else 'removed'}: {len(gone)}.")
 
+# %% ../../nbs/cli/02_processes.ipynb #4347c474
 def health_text(h: dict[str, Any]) -> tuple[Text, str]:
     "A word and one line about a server."
     if not h["ok"]: return Text("down", "red"), h["error"]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_NOTEBOOK', 'MAX_SOURCE', 'CONTRACT', 'NotebookError', 'read_notebook', 'cells_of', 'without_comments', 'Import',
            'imports_in', 'parse_cell', 'run_by', 'leading', 'Facts', 'facts_of_cells', 'facts_of_module', 'stamp_of',
-           'facts_of', 'Found', 'is_installed', 'package_dir', 'recall', 'remember', 'owners', 'installed', 'Sources',
-           'gather', 'unchanged', 'settled', 'sources_of', 'beside', 'modules_of', 'modules_hash']
+           'facts_of', 'Found', 'is_installed', 'package_dir', 'recall', 'remember', 'owners', 'installed', 'neutral',
+           'Sources', 'gather', 'unchanged', 'settled', 'sources_of', 'beside', 'modules_of', 'modules_hash']
 
 # %% ../nbs/04_source.ipynb #1d019f87
 import ast, contextlib, getopt, io, json, os, re, shlex, site, stat, sys, sysconfig, time, tokenize, zipfile
@@ -490,9 +490,9 @@ def installed() -> dict[str, str]:
 CONTRACT = frozenset({"core", "schema", "source", "graph.spec", "graph.catalogue", "executor.step"})
 _OURS = frozenset(f"myspinbot.{o}" for o in CONTRACT)
 
-def _apart(name: str, found: Found) -> bool:
+def neutral(name: str, file: str) -> bool:
     "A module of ours on which no result depends: the contract, or a package's `__init__`, which only says where things are."
-    return name in _OURS or (name.partition(".")[0] == "myspinbot" and bool(found.places))
+    return name in _OURS or (name.partition(".")[0] == "myspinbot" and os.path.basename(file) == "__init__.py")
 
 @dataclass(frozen=True)
 class Sources:
@@ -580,7 +580,7 @@ class _Gather(_Reader):
         top, found = name.partition(".")[0], self.find(name, own)
         if found is None and top == name: self.absent.add(top)
         elif found and not found.local and top not in sys.stdlib_module_names and (found.file or found.places): self.tops.add(top)
-        if not (found and found.local and found.file) or _apart(name, found) or self.modules.get(name) == found.file: return
+        if not (found and found.local and found.file) or neutral(name, found.file) or self.modules.get(name) == found.file: return
         if name in self.modules: name = f"{name} beside {os.path.basename(own[0])}"  # a script of another folder has its own
         self.modules[name] = found.file
         self.todo.append((found.file, name, bool(found.places), own))
@@ -604,7 +604,8 @@ class _Gather(_Reader):
                 if found and found.local:
                     if not found.file or name in self.led: continue
                     self.led.add(name)
-                    if not self.lead(facts_of(found.file), name, bool(found.places), own) and not _apart(name, found): return False
+                    harmless = self.lead(facts_of(found.file), name, bool(found.places), own)
+                    if not (harmless or neutral(name, found.file)): return False
                 elif name != "__future__" and (n == whole or (n > whole and found)): self.leading[name] = None
         return facts.harmless
 

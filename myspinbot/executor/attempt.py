@@ -22,7 +22,7 @@ from ..core import Cancelled, InputError, ServiceUnavailable, SpinError, StepFai
 from ..core import sweep_orphans
 from ..schema import MEDIA, Artifact, Event, StepSpec, is_media, port_type, revive, show_value
 from ..content import HEAD
-from ..source import is_installed, owners
+from ..source import is_installed, neutral, owners
 from ..graph.catalogue import Catalogue, did_you_mean
 from ..graph.why import learned_of, settled_key
 from ..store.artifacts import Store, media_type_of, safe_name
@@ -363,7 +363,7 @@ def completed(
     static = catalogue.code(spec.id)
     modules = list(learned_of(planned, static[1]).get("modules", ()))
     local = imported.get("local", {}).items()
-    more = [k for k, v in local if k not in before["modules"] and not is_installed(os.path.dirname(v))]
+    more = [k for k, v in local if not (k in before["modules"] or neutral(k, v) or is_installed(os.path.dirname(v)))]
     packages, own = dict(before["packages"]), owners()
     if new := {d for o in imported.get("tops", ()) for d in own.get(o, ())} - packages.keys():
         new -= explained([*packages, "ipykernel", "ipywidgets"])

@@ -1269,6 +1269,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'myspinbot.graph.check.validate_graph': ( 'graph/check.html#validate_graph',
                                                                                  'myspinbot/graph/check.py')},
             'myspinbot.graph.draw': { 'myspinbot.graph.draw.Box': ('graph/draw.html#box', 'myspinbot/graph/draw.py'),
+                                      'myspinbot.graph.draw.Shade': ('graph/draw.html#shade', 'myspinbot/graph/draw.py'),
                                       'myspinbot.graph.draw._box_svg': ('graph/draw.html#_box_svg', 'myspinbot/graph/draw.py'),
                                       'myspinbot.graph.draw._boxes': ('graph/draw.html#_boxes', 'myspinbot/graph/draw.py'),
                                       'myspinbot.graph.draw._columns': ('graph/draw.html#_columns', 'myspinbot/graph/draw.py'),

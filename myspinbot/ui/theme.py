@@ -12,7 +12,7 @@ from typing import Any
 
 from ..core import SpinError, printable
 from ..schema import STEP_END, STEP_OK, Graph, Job, StepRow
-from ..graph.draw import draw, esc
+from ..graph.draw import COLOURS, draw, esc
 
 # %% ../../nbs/ui/00_theme.ipynb #b9d39f5e
 CSS = """
@@ -37,13 +37,6 @@ CSS = """
     background: var(--spin-panel); overflow: visible; }
 .spin-badge { display: inline-block; border-radius: 99px; padding: 1px 9px; font-size: 12px; font-weight: 600;
     white-space: nowrap; color: #fff; background: #64748b; }
-.spin-badge.running { background: #2563eb; }
-.spin-badge.waiting { background: #b45309; }
-.spin-badge.succeeded { background: #15803d; }
-.spin-badge.cached { background: #0f766e; }
-.spin-badge.failed { background: #b91c1c; }
-.spin-badge.cancelled { background: #a21caf; }
-.spin-badge.skipped, .spin-badge.pending { background: #94a3b8; }
 .spin-diagram { background: #fbfcfe; border: 1px solid var(--spin-line); border-radius: 10px; padding: 10px;
     overflow-x: auto; text-align: center; }
 .spin-steps { display: grid; grid-template-columns: minmax(90px, max-content) 1fr max-content max-content;
@@ -53,9 +46,6 @@ CSS = """
 .spin-bar { height: 8px; border-radius: 9px; background: color-mix(in srgb, var(--spin-fg) 10%, transparent);
     overflow: hidden; }
 .spin-bar > div { height: 100%; border-radius: 9px; background: #2563eb; transition: width .3s; }
-.spin-bar.succeeded > div { background: #16a34a; }
-.spin-bar.cached > div { background: #0d9488; }
-.spin-bar.failed > div { background: #dc2626; }
 .spin-bar.busy > div { width: 30% !important; animation: spin-slide 1.4s ease-in-out infinite alternate; }
 @keyframes spin-slide { from { margin-left: 0 } to { margin-left: 70% } }
 .spin-error { border: 1px solid #dc2626; border-left-width: 5px; border-radius: 8px; padding: 9px 13px;
@@ -108,6 +98,10 @@ body { background: var(--jp-layout-color1); }
     --jp-widgets-input-border-color: #3a4453; color-scheme: dark; }
   .spin .spin-diagram { background: #eef2f7; } }
 """
+
+# %% ../../nbs/ui/00_theme.ipynb #0ee087f5
+CSS += "".join(f".spin-badge.{k} {{ background: {c.strong}; }}\n.spin-bar.{k} > div {{ background: {c.line}; }}\n"
+               for k, c in COLOURS.items() if k)
 
 # %% ../../nbs/ui/00_theme.ipynb #6f04c214
 def badge(status: str) -> str: return f'<span class="spin-badge {esc(status)}">{esc(status)}</span>'

@@ -233,7 +233,7 @@ def show(job: JobId, as_json: Json = False) -> None:
     if j.error: print_error(error_from_dict(j.error))
 
 @app.command(rich_help_panel="Jobs")
-def why(job: JobId, step: Annotated[str, typer.Argument(help="Key of a step: see `myspinbot show JOB`.")],
+def why(job: JobId, step: Annotated[str, typer.Argument(help="Task key: see `myspinbot show JOB`.")],
     as_json: Json = False) -> None:
     "Say why a step ran or was cached, and what changed since its last run."
     with client() as c: found = c.why(full_id(c, job), step)

@@ -29,7 +29,7 @@ from ..store.journal import Journal, end_params
 from ..store.retention import sweep_store
 from ..store.steps import Place, step_params
 from .local import artifacts_in
-from .waiting import Batch, ClockWatch, Waiter
+from .waiting import DataLoader, ClockWatch, Waiter
 from .workflow import run_graph, run_step
 
 log = structlog.get_logger("myspinbot.jobs.conductor")
@@ -58,8 +58,8 @@ class Conductor:
         self.checked: Place | None = None  # how far the reconciler has looked at entries
         self.clock = ClockWatch(journal.now, self.cfg.lease_s)
         self.waiter: Waiter | None = None  # while it runs
-        self.find, self.write = Batch(self.find_many), Batch(journal.record_steps)
-        self.dispatch, self.finish = Batch(self.dispatch_many), Batch(journal.finish_jobs)
+        self.find, self.write = DataLoader(self.find_many), DataLoader(journal.record_steps)
+        self.dispatch, self.finish = DataLoader(self.dispatch_many), DataLoader(journal.finish_jobs)
 
     async def db(self, fn: Any, *args: Any, **kw: Any) -> Any:
         "A journal call in a thread; waits while PostgreSQL is away."

@@ -28,7 +28,7 @@ async def run_graph(
     graph: Graph,
     params: dict[str, Any],  # resolved: every parameter has its value
     execute: Execute,        # runs one task; a failed step is a `Result`, an exception ends the whole run
-) -> dict[str, Result]:      # by step key
+) -> dict[str, Result]:      # by task key
     "Run a graph as one LangGraph workflow; independent branches never wait for each other."
     from langgraph.func import entrypoint, task
     plan, results, step = Plan(graph, params), {}, task(run_task)

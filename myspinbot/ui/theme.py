@@ -197,7 +197,7 @@ def diagram_html(job: Job, rows: Sequence[StepRow]) -> str:
     return f'<div class="spin-diagram">{draw(job.graph, {r.key: r.status for r in rows}, done)}</div>'
 
 def log_html(
-    lines: Sequence[tuple[str, str]],  # step key and text
+    lines: Sequence[tuple[str, str]],  # task key and text
 ) -> str:
     "The last log lines; the newest stays in view without a script."
     shown = [(esc(key), esc(text).strip("\n")) for key, text in lines]

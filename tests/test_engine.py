@@ -95,6 +95,35 @@ def test_progress_line_keeps_its_last_state_and_an_updated_display_its_newest(ru
     assert second.outputs[0].data["text/plain"] == "'new'"
 
 
+STANDS_STILL = """
+import os, signal, sys
+from myspinbot.executor.engine import default_pool, run_notebook
+seen = []
+def output(index, message):
+    seen.append(index)
+    if len(seen) == 5: os.kill(os.getpid(), signal.SIGSTOP)
+done = run_notebook(sys.argv[1], sys.argv[2], dict(count=5000), on_output=output)
+default_pool().close()
+sys.exit(not done.ok)
+"""
+
+
+def test_a_worker_that_stands_still_for_a_moment_misses_no_output(tmp_path: Path):
+    notebook, out = NOTEBOOKS / "displays_a_lot.ipynb", tmp_path / "out.ipynb"
+    worker = psutil.Popen([sys.executable, "-c", STANDS_STILL, str(notebook), str(out)])
+    end = time.monotonic() + 60
+    while worker.status() != psutil.STATUS_STOPPED and time.monotonic() < end: time.sleep(0.01)
+    used, quiet = -1.0, 0
+    while quiet < 20 and time.monotonic() < end:  # until the kernel has said everything that it has to say
+        time.sleep(0.02)
+        now = sum(sum(o.cpu_times()[:2]) for o in worker.children(recursive=True))
+        quiet, used = quiet + 1 if now == used else 0, now
+    worker.resume()
+    assert worker.wait(60) == 0
+    outputs = nbformat.read(out, 4).cells[-1].outputs
+    assert [o.data["text/plain"] for o in outputs[:-1]] == [f"{{'i': {i}}}" for i in range(5000)]
+
+
 def test_thousands_of_displays_all_arrive(run):
     outputs = cells(run("displays_a_lot", dict(count=3000)))[-1].outputs
     assert [o.data["text/plain"] for o in outputs[:-1]] == [f"{{'i': {i}}}" for i in range(3000)]

@@ -177,6 +177,7 @@ def connect(
     shell, iopub = app.context.socket(zmq.ROUTER), app.context.socket(zmq.XPUB)
     for channel, s in enumerate((shell, iopub), 1):
         s.linger = 1000
+        s.set_hwm(0)  # else the thousandth message to a worker that stands still for a moment would be dropped, also its `idle`
         s.bind(f"ipc://{base}-{channel}")
     app.iopub_thread = IOPubThread(iopub, pipe=True, session=session)
     app.iopub_thread.start()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from myspinbot.bridge.streams import _entry
+from myspinbot.bridge.streams import entry_of
 from myspinbot.graph.catalogue import Catalogue
 from myspinbot.graph.params import check_key, params_from_text, resolve_params
 from myspinbot.graph.check import read_graph, validate_graph
@@ -176,7 +176,7 @@ storable = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="
 @given(storable, storable)
 def test_message_comes_back_equal(job: str, key: str) -> None:
     m = StepMessage(job=job, key=key)
-    e = _entry("spin:q:cpu:normal", "1-0", {BODY: m.model_dump_json().encode()}, "w")
+    e = entry_of("spin:q:cpu:normal", "1-0", {BODY: m.model_dump_json().encode()}, "w")
     assert (e.message, e.error) == (m, "")
 
 
@@ -191,7 +191,7 @@ bodies = st.binary(max_size=40) | mutated(st.just(dict(schema_version=1, job="jo
 @FIXED
 @given(st.dictionaries(st.just(BODY) | st.binary(max_size=3), bodies, max_size=3))
 def test_any_entry_is_a_message_or_has_a_reason(raw: dict[bytes, bytes]) -> None:
-    e = _entry("spin:q:cpu:normal", "1-0", raw, "w")
+    e = entry_of("spin:q:cpu:normal", "1-0", raw, "w")
     assert (e.message is None) == bool(e.error) and len(e.error) < 500
     if e.message is None: return
     assert e.message.schema_version <= 1 and StepMessage.model_validate_json(e.message.model_dump_json()) == e.message

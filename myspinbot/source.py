@@ -260,7 +260,7 @@ class Facts:
     scripts: tuple[str, ...] = ()           # files that `%run` names
     ahead: tuple[Import, ...] = ()          # its leading imports
     harmless: bool = False                  # nothing after them has an effect on others
-    offers: tuple[tuple[str, str], ...] = ()  # of a package of ours: what it loads at first use -> from which module
+    offers: tuple[tuple[str, tuple[str, ...]], ...] = ()  # of a package of ours: what it loads at first use, and from where
 
 def facts_of_cells(cells: Iterable[str]) -> Facts:
     "A notebook's cells."
@@ -289,11 +289,13 @@ def facts_of_module(src: str) -> Facts:
     offers = tuple(_offers(tree)) if "_HOME = " in src else ()
     return Facts(digest, imports_in(tree, any(o in src for o in _CALLS)), scripts, tuple(ahead), harmless, offers)
 
-def _offers(tree: ast.Module) -> Iterable[tuple[str, str]]:
+def _offers(tree: ast.Module) -> Iterable[tuple[str, tuple[str, ...]]]:
     "The tables `_HOME` and `_MOVED` of a package of ours."
     for s in tree.body:
         if isinstance(s, ast.Assign) and isinstance(s.value, ast.Call) and _root(s.targets[0]) in ("_HOME", "_MOVED"):
-            yield from ((k.arg, k.value.value) for k in s.value.keywords if k.arg and isinstance(k.value, ast.Constant))
+            for k in s.value.keywords:
+                where = ast.literal_eval(k.value)
+                yield k.arg or "", (where,) if isinstance(where, str) else where
 
 # %% ../nbs/04_source.ipynb #5f2184d7
 @lru_cache(maxsize=8192)
@@ -557,8 +559,8 @@ class _Reader:
         "The modules of ours, outer ones first, that a name stands for: `myspinbot.media.speak` is in `myspinbot.media.speech`."
         parent, _, tail = name.rpartition(".")
         up = self.find(parent, own) if parent and self.find(name, own) is None else None
-        homes = dict(facts_of(up.file).offers).get(tail) if up and up.local and up.places and up.file else None
-        paths = [o.split(".") for o in homes.split("+")] if homes else []
+        homes = dict(facts_of(up.file).offers).get(tail, ()) if up and up.local and up.places and up.file else ()
+        paths = [o.split(".") for o in homes]
         return [".".join([parent, *o[:n]]) for o in paths for n in range(1, len(o) + 1)] or [name]
 
 # %% ../nbs/04_source.ipynb #0444c1fd

@@ -58,6 +58,11 @@ def test_notebooks_are_clean(copy: Path) -> None:
     assert differing(copy, *FOLDERS) == [], "run: make check"
 
 
+def test_notebooks_carry_no_state_of_widgets() -> None:
+    for p in notebooks(*FOLDERS):
+        assert set(json.loads(p.read_text())["metadata"]) <= {"kernelspec", "language_info", "myspinbot", "title"}, p
+
+
 def test_cleaning_keeps_the_tags_that_papermill_and_the_catalogue_read(copy: Path) -> None:
     def tags() -> dict[str, list[list[str]]]:
         return {p.name: [c["metadata"].get("tags", []) for c in json.loads(p.read_text())["cells"]]
@@ -237,10 +242,11 @@ def test_chapters_offer_what_they_have() -> None:
 
 def test_old_names_of_modules_work_with_a_warning() -> None:
     import myspinbot
-    for old, new in myspinbot._MOVED.items():
-        parts = [importlib.import_module(f"myspinbot.{o}") for o in new.split("+")]
+    for old in myspinbot._MOVED:
+        places = myspinbot._parts(f"myspinbot.{old}")
+        parts = [*map(importlib.import_module, places)]
         sys.modules.pop(f"myspinbot.{old}", None)
-        with pytest.warns(DeprecationWarning, match=f"myspinbot.{old} is myspinbot.{new.partition('+')[0]}"):
+        with pytest.warns(DeprecationWarning, match=f"myspinbot.{old} is {places[0]}"):
             found = importlib.import_module(f"myspinbot.{old}")
         if len(parts) == 1: assert found is parts[0]
         for p in parts: assert not [o for o in p.__all__ if getattr(found, o) is not getattr(p, o) and o != "log"]

@@ -83,7 +83,7 @@ class Events:
         count: int = 500,
     ) -> list[tuple[str, Event]]:  # id, event; oldest first
         "Events after an id."
-        wait = min(block_ms, BLOCK_MS) if block_ms > 0 else None  # Redis takes 0 for "for ever"
+        wait = min(block_ms, BLOCK_MS) if block_ms > 0 else None  # Redis takes 0 for "forever"
         with redis_errors(self.url, "read events"):
             reply = self._reader.xread({event_stream(job): after_id}, count=count, block=wait)
         return [(id.decode(), _event(job, fields)) for _, rows in reply or [] for id, fields in rows]

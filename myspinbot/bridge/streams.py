@@ -265,7 +265,7 @@ def finish(self: Bridge,
         batch = [] if mine.done() else [self._ends.popleft() for _ in range(len(self._ends))]
         try:
             for (*_, end), done in zip(batch, _finish(self, [o[:3] for o in batch]), strict=True): end.set_result(done == 1)
-        except BaseException as e:  # a thread whose entry was in this batch would wait for ever
+        except BaseException as e:  # a thread whose entry was in this batch would wait forever
             for *_, end in batch: end.set_exception(e)
     return mine.result()
 
@@ -354,7 +354,7 @@ def publish_cancel(self: Bridge, job: str) -> None:
 # %% ../../nbs/bridge/02_streams.ipynb #60ed8a5c
 @patch
 def _follow(self: Bridge, channel: str, stop: threading.Event) -> Iterator[bytes]:
-    "Messages of a channel until `stop`; b'' after each (re)connect; a broken connection is made again, for ever."
+    "Messages of a channel until `stop`; b'' after each (re)connect; a broken connection is made again, forever."
     import redis
     pause = 0.05
     while not stop.is_set():

@@ -44,6 +44,7 @@ def steps(as_json: Json = False) -> None:
         ", ".join(s.outputs))
     out.print(t)
 
+# %% ../../nbs/cli/05_app.ipynb #8e7c0399
 @app.command(rich_help_panel="Start here")
 def demo(
     portrait: Annotated[Path | None, typer.Option(help="A picture with one face; default: the sample.")] = None,

@@ -44,8 +44,9 @@ def model_checks() -> Iterator[tuple[str, bool, str, str]]:
         try: yield o.file, True, str(find_model(o)), ""
         except SpinError as e: yield o.file, False, e.message, e.hint
 
+# %% ../../nbs/cli/03_doctor.ipynb #5b67ac31
 def checks() -> Iterator[tuple[str, bool, str, str]]:
-    "What MySpinBot needs: name, is it there, what was found, the command that mends it."
+    "What MySpinBot needs: name, is it there, what was found, the command that fixes it."
     import importlib.util
     import psutil
     from myspinbot.graph.catalogue import catalogue
@@ -72,10 +73,10 @@ def checks() -> Iterator[tuple[str, bool, str, str]]:
     try:
         steps = catalogue().steps()
         there = any(s.kind == "notebook" for s in steps.values())
-        found, mend = f"{len(steps)} steps, {len(catalogue().pipelines())} pipelines", "Set SPIN_PIPELINES_DIR."
+        found, fix = f"{len(steps)} steps, {len(catalogue().pipelines())} pipelines", "Set SPIN_PIPELINES_DIR."
         broken = catalogue().errors() | catalogue().graphs()[1]
-    except SpinError as e: there, found, mend, broken = False, e.message, e.hint, {}
-    yield "catalogue", there, found, mend
+    except SpinError as e: there, found, fix, broken = False, e.message, e.hint, {}
+    yield "catalogue", there, found, fix
     for name, e in broken.items(): yield Path(name).name, False, e.message, e.hint
     model = masked(settings().llm_base_url.get_secret_value())
     yield "language model", True, model or "not set: give a text, not a topic (SPIN_LLM_BASE_URL)", ""
@@ -83,7 +84,7 @@ def checks() -> Iterator[tuple[str, bool, str, str]]:
 # %% ../../nbs/cli/03_doctor.ipynb #314e6e3b
 @app.command(rich_help_panel="Services")
 def doctor(as_json: Json = False) -> None:
-    "Say what is missing, and the command that mends it."
+    "Say what is missing, and the command that fixes it."
     rows = list(checks())
     if as_json: show_json([dict(name=n, ok=ok, found=f, mend="" if ok else m) for n, ok, f, m in rows])
     else:

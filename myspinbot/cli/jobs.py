@@ -57,6 +57,7 @@ def watch_job(c: Any, id: str, quiet: bool = False) -> Any:
                 if s in ("succeeded", "cached", "failed", "cancelled", "skipped"): bars.stop_task(t)
     return c.job(id)
 
+# %% ../../nbs/cli/04_jobs.ipynb #dade4106
 def report(c: Any, id: str, started: float, as_json: bool) -> None:
     "Print the end of a job: outputs, or the error; exit code 1 if it failed."
     from myspinbot.api.run import job_run
@@ -76,6 +77,7 @@ def report(c: Any, id: str, started: float, as_json: bool) -> None:
         if run.error: print_error(run.error)
     if run.job.status != "succeeded": raise typer.Exit(1)
 
+# %% ../../nbs/cli/04_jobs.ipynb #cb5939a7
 @app.command(rich_help_panel="Jobs")
 def submit(
     pipeline: Annotated[str, typer.Argument(help="Name of a pipeline: see `myspinbot pipelines`.")],
@@ -171,6 +173,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
         "One mapping of names to values per entry.")
     return rows
 
+# %% ../../nbs/cli/04_jobs.ipynb #9bcc5e5b
 @app.command(rich_help_panel="Jobs")
 def batch(
     pipeline: str,
@@ -242,6 +245,7 @@ def why(job: JobId, step: Annotated[str, typer.Argument(help="Task key: see `mys
     for o in found["reasons"]: out.print(f"  {o}", soft_wrap=True)
     if found["against"]: out.print(f"compared with {found['against']}", style="dim", soft_wrap=True)
 
+# %% ../../nbs/cli/04_jobs.ipynb #ec400c3c
 @app.command(rich_help_panel="Jobs")
 def logs(job: JobId, follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the job ends.")] = False,
     as_json: Json = False) -> None:
@@ -259,6 +263,7 @@ def logs(job: JobId, follow: Annotated[bool, typer.Option("-f", "--follow", help
                 at = time.strftime("%H:%M:%S", time.localtime(e.at))
                 out.print(Text(at, "dim"), f"{e.key:<12} {e.kind:<9} {said}", soft_wrap=True)
 
+# %% ../../nbs/cli/04_jobs.ipynb #f849f299
 def act(job: str, as_json: bool, fn: Callable[[Any, str], Any]) -> None:
     "Do something to a job and print what it is now."
     with client() as c: j = fn(c, full_id(c, job))

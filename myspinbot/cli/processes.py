@@ -80,7 +80,7 @@ def dashboards_dir() -> Path:
     package = Path(myspinbot.__file__).parent
     places = [p / "dashboards" for p in (Path(catalogue().dir).parent, package, package.parent)]
     if found := next((p for p in places if (p / "studio.ipynb").is_file()), None): return found
-    raise NotFound(f"There is no studio.ipynb in {', '.join(map(str, places))}.", "Install MySpinBot again.")
+    raise NotFound(f"studio.ipynb is not in {', '.join(map(str, places))}.", "Install MySpinBot again.")
 
 @app.command(rich_help_panel="Processes")
 def lab(port: int = 8888) -> None:

@@ -58,7 +58,7 @@ def append_event(
     kind: str,              # "progress", "preview" or "log"
     body: Mapping[str, Any],
 ) -> None:
-    "Append one event as one line with one write, so that a reader never sees half of a short one; not for ever."
+    "Append one event as one line with one write, so that a reader never sees half of a short one; not forever."
     line = canonical_json(dict(kind=kind, body=dict(body), at=time.time())) + "\n"
     with open(path, "ab", buffering=0) as f:
         if f.tell() < EVENTS_BYTES: f.write(whole_text(line).encode())

@@ -94,6 +94,7 @@ def misfit(
         return f"{show_value(wrong[0].name)}, which is {name_of(wrong[0].media_type)}", fix
     return "nothing (null)" if v is None else f"{show_value(v)} ({type_of(v)})", _GIVE.get(type, f"Give a value of type {type}.")
 
+# %% ../../nbs/graph/02_check.ipynb #fc61a4c1
 class Scope:
     "What references can mean: the parameters and the nodes known so far, with their types."
     def __init__(self):

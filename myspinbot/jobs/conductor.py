@@ -91,7 +91,7 @@ class Conductor:
         except SpinError as e: err = e.to_dict()
         except Exception as e:
             if job.epoch < MAX_EPOCHS: raise
-            err = as_spin_error(e).to_dict()  # a fault of ours that comes again each time must not keep the job for ever
+            err = as_spin_error(e).to_dict()  # a fault of ours that comes again each time must not keep the job forever
         status = "failed" if err else "succeeded"
         if await self.finish(end_params(job.id, job.epoch, status, out, err)):
             log.info("job ended", job=job.id, status=status)
@@ -232,7 +232,7 @@ def vanished(self: Conductor) -> bool:  # were there any?
 
 @patch
 def unpublish(self: Conductor, lost: Sequence[Place]) -> None:
-    "Have vanished entries published again; what a worker could not read would be refused for ever, so it fails."
+    "Have vanished entries published again; what a worker could not read would be refused forever, so it fails."
     refused = {(o["stream"], o["entry"]): o for o in self.bridge.dead_letters(1000)}
     dead = [(r, o) for r in lost if (o := refused.get((work_stream(r.queue, r.priority), r.entry_id)))]
     for r, o in dead:

@@ -74,6 +74,7 @@ def guarded(fn: Callable) -> Callable:
         except Exception as e: self.trouble.value = error_html(excuse(e))
     return run
 
+# %% ../../nbs/ui/02_job_view.ipynb #ede2c6e0
 class JobView:
     "A job as it runs: diagram, progress, preview, log, approval, result."
     def __init__(self, client: Any, id: str):

@@ -82,7 +82,7 @@ def submit(self: Studio) -> None:
 def send(self: Studio) -> None:
     "Submit what the form says, and open the job."
     if self.form is None:
-        raise NotFound("There is no pipeline.", "`myspinbot pipelines` lists them; see SPIN_PIPELINES_DIR.")
+        raise NotFound("No pipeline was found.", "`myspinbot pipelines` lists them; see SPIN_PIPELINES_DIR.")
     job = self.client.submit(self.graphs[self.which.value], self.form.values(self.client.store),
                              priority=self.urgency.value)
     self.open(job.id)
@@ -100,6 +100,7 @@ def open(self: Studio, id: str | None) -> None:
     self.seen = None
     self.refresh()
 
+# %% ../../nbs/ui/03_page.ipynb #f75c952c
 @patch
 def refresh(self: Studio) -> None:
     "Read the list of jobs; what is wrong stands in its place until it can be read again."

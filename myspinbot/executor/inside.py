@@ -7,7 +7,7 @@ __all__ = ['BROKEN', 'packed', 'speak_plainly', 'preload', 'build', 'connect', '
            'finish', 'reset', 'installed_places', 'own_sources']
 
 # %% ../../nbs/executor/01_inside.ipynb #1ce7ceaa
-import contextlib, gc, io, json, os, signal, site, sys, sysconfig, threading, time, traceback
+import codecs, contextlib, gc, io, json, os, select, signal, site, sys, sysconfig, threading, traceback
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -102,6 +102,7 @@ def speak_plainly(
     "Let nothing that a notebook says or takes away leave its owner without an answer."
     kernel.session.pack = packed
     _flush_in_turn()
+    _take_in_together()
     kernel.shell.unobserve_all("exit_now")  # a tenth of a second after `exit()` it would stop between two cells
     kernel.shell_main = _or_end(kernel.shell_main)
     kernel.shell_handlers["execute_request"] = _or_end(kernel.shell_handlers["execute_request"])
@@ -128,6 +129,36 @@ def _flush_in_turn() -> None:
         if not self._buffers and lock.acquire(blocking=False): return lock.release()
         with _undisturbed(): in_turn(self)
     OutStream._flush, OutStream.flush = in_turn, done
+
+# %% ../../nbs/executor/01_inside.ipynb #8b28cce1
+_taking_in, _utf8 = threading.Lock(), codecs.getincrementaldecoder("utf-8")
+
+def _take_in(
+    stream: Any,         # ipykernel's `OutStream`, with a pipe
+    final: bool = False, # no more to come: show the beginning of a character, too
+) -> None:
+    "Show what has come through a stream's pipe until now."
+    import fcntl, termios
+    if not _taking_in.acquire(timeout=10): return  # a fork in a cell: the thread that had it is not in the child
+    try:
+        n = int.from_bytes(fcntl.ioctl(stream._fid, termios.FIONREAD, bytes(4)), sys.byteorder)
+        data = os.read(stream._fid, n) if n else b""
+        decoder = vars(stream).setdefault("_decoder", _utf8(errors="replace"))
+        if text := decoder.decode(data, final): stream.write(text)
+        with contextlib.suppress(OSError): os.write(stream._original_stdstream_copy, data)  # the kernel's log
+    finally: _taking_in.release()
+
+def _take_in_together() -> None:
+    "Let ipykernel's thread leave to `_take_in` what comes through a pipe."
+    from ipykernel.iostream import OutStream
+    def watch(self: OutStream) -> None:
+        if self._fid is None: return
+        pipe, came = select.poll(), select.POLLIN
+        pipe.register(self._fid, came)
+        while self._should_watch and came == select.POLLIN:  # and not closed
+            ((_, came),) = pipe.poll()
+            _take_in(self)
+    OutStream._watch_pipe_fd = watch
 
 # %% ../../nbs/executor/01_inside.ipynb #419b3a97
 def preload() -> None:
@@ -215,15 +246,10 @@ def begin(context: dict[str, Any] | None, cwd: str | None) -> None:
 
 # %% ../../nbs/executor/01_inside.ipynb #3c9b9adc
 def _settle() -> None:
-    "After a cell: what a child process printed comes through a pipe and a thread, and would be lost when they are late."
-    import fcntl, resource, termios
-    pipes = [o for s in (sys.stdout, sys.stderr) if (o := getattr(s, "_fid", None)) is not None]
-    waiting = lambda: any(any(fcntl.ioctl(o, termios.FIONREAD, b"\0\0\0\0")) for o in pipes)
-    reaped = resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt  # grows with each child that has ended
-    if reaped == _baseline.get("reaped", 0) and not waiting(): return
-    end, _baseline["reaped"] = time.monotonic() + 1, reaped
-    while waiting() and time.monotonic() < end: time.sleep(0.001)
-    time.sleep(0.002)  # for the thread that has read it
+    "After a cell: what came through the pipes of both streams belongs to this cell."
+    for stream in (_baseline["stdout"], _baseline["stderr"]):
+        if getattr(stream, "_fid", None) is not None: _take_in(stream, final=True)
+        stream.flush()  # ipykernel asks this of what stands at sys.stdout, which the cell may have replaced
 
 def leaving() -> dict[str, Any]:  # `handlers`: how many wait for `farewell`; and what `step.imported` tells
     "After the last cell: a file that the notebook wrote and did not close is whole before it is stored."

@@ -86,6 +86,32 @@ def test_half_a_character_is_shown_as_such_and_the_notebook_goes_on(run: Run, ce
     assert texts(after) == "after\n" and time.monotonic() - began < 10
 
 
+def test_output_of_a_child_or_of_c_is_in_its_cell_however_late_the_thread_is_that_reads_it(run: Run) -> None:
+    late = """import fcntl, os, sys, termios, threading, time
+write = type(sys.stdout).write
+def slow(stream, text):
+    if threading.current_thread() is not threading.main_thread(): time.sleep(0.3)
+    return write(stream, text)
+type(sys.stdout).write = slow
+def read(): return not any(fcntl.ioctl(sys.stdout._fid, termios.FIONREAD, bytes(4)))
+"""
+    read = "\nwhile not read(): pass"  # the pipe is empty, but what came from it is not shown yet
+    elsewhere = "import io\nkept, sys.stdout = sys.stdout, io.StringIO()\nos.write(1, b'x');"
+    r, (_, raw, child, replaced, after) = run(late, "os.write(1, b'raw');" + read, "os.system('echo child');" + read,
+                                              elsewhere, "sys.stdout = kept")
+    assert r.ok, r.error
+    assert [texts(o) for o in (raw, child, replaced, after)] == ["raw", "child\n", "x", ""]
+
+
+def test_character_that_comes_through_a_pipe_in_two_parts_stays_whole(run: Run) -> None:
+    long = "a" + "é😀" * 9000  # more than a pipe holds: its parts end inside of a character
+    all_of_it = f"import os, time\ndata = {long!r}.encode()\nwhile data: data = data[os.write(1, data):]"
+    in_parts = "for b in 'é😀'.encode(): os.write(1, bytes([b])); time.sleep(0.01)"
+    r, (whole, parts, half, after) = run(all_of_it, in_parts, "os.write(1, b'x\\xc3');", "print('after')")
+    assert r.ok, r.error
+    assert [texts(o) for o in (whole, parts, half, after)] == [long, "é😀", "x\ufffd", "after\n"]
+
+
 def test_error_with_half_a_character_is_the_notebooks_own(run: Run) -> None:
     r, (outputs,) = run("raise ValueError('bad \\ud800 text')")
     assert type(r.error) is StepFailed and r.error.message == "ValueError: bad \ufffd text"

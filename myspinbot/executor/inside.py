@@ -142,10 +142,11 @@ def _take_in(
     if not _taking_in.acquire(timeout=10): return  # a fork in a cell: the thread that had it is not in the child
     try:
         n = int.from_bytes(fcntl.ioctl(stream._fid, termios.FIONREAD, bytes(4)), sys.byteorder)
-        data = os.read(stream._fid, n) if n else b""
         decoder = vars(stream).setdefault("_decoder", _utf8(errors="replace"))
+        data = os.read(stream._fid, n) if n else b""
         if text := decoder.decode(data, final): stream.write(text)
-        with contextlib.suppress(OSError): os.write(stream._original_stdstream_copy, data)  # the kernel's log
+        if n:
+            with contextlib.suppress(OSError): os.write(stream._original_stdstream_copy, data)  # the kernel's log
     finally: _taking_in.release()
 
 def _take_in_together() -> None:

@@ -44,6 +44,7 @@ setup(
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
     long_description_content_type="text/markdown",
     packages=find_packages(include=["myspinbot", "myspinbot.*"]),
+    package_data={"myspinbot.store": ["migrations/*.sql"]},
     cmdclass={"build_py": BuildWithNotebooks, "sdist": SdistWithNotebooks},
     python_requires=cfg["python"],
     install_requires=lines("requirements") + lines("media_requirements") + lines("embedded_requirements"),

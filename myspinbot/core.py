@@ -7,14 +7,14 @@ __all__ = ['whole_text', 'each_text', 'mended', 'printable', 'printable_json', '
            'secret_variable', 'SpinError', 'InputError', 'GraphError', 'ConfigError', 'NotFound', 'StepFailed',
            'GateFailed', 'Cancelled', 'ResourceLimit', 'FenceLost', 'AccessDenied', 'Conflict', 'ServiceUnavailable',
            'KernelDied', 'StepTimeout', 'error_from_dict', 'as_spin_error', 'canonical_json', 'hash_bytes', 'hash_json',
-           'hash_file', 'new_id', 'process_tag', 'orphaned', 'sweep_orphans', 'atomic_write', 'own_folder', 'Settings',
-           'settings']
+           'hash_file', 'new_id', 'process_tag', 'orphaned', 'sweep_orphans', 'atomic_write', 'own_folder', 'new_names',
+           'renamed', 'Settings', 'settings']
 
 # %% ../nbs/00_core.ipynb #999b9cd0
-import hashlib, json, math, os, re, secrets, shutil, socket
+import hashlib, json, math, os, re, secrets, shutil, socket, warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import unquote
@@ -267,6 +267,29 @@ def own_folder(
         raise ConfigError(f"{path} cannot be the data folder: {e.strerror or e}.",
                           "Set SPIN_HOME to a folder that you can write.") from e
     return path
+
+# %% ../nbs/00_core.ipynb #1054878b
+def new_names(
+    where: str,                    # for the warning
+    given: Mapping[str, Any],      # keyword arguments, or the fields of a value
+    renamed: Mapping[str, str],    # old name -> new name
+    stacklevel: int = 2,
+) -> dict[str, Any]:
+    "What was given, under the names of today; warns of old ones."
+    old = {k: renamed[k] for k in given if k in renamed and renamed[k] not in given}
+    for k, new in old.items():
+        warnings.warn(f"{where}: {k} is called {new} now; the old name goes in 0.2.", DeprecationWarning, stacklevel + 1)
+    return {old.get(k, k): v for k, v in given.items()} if old else dict(given)
+
+def renamed(
+    **names: str,  # old name -> new name
+) -> Callable[[Callable], Callable]:
+    "Decorate a function whose keywords were renamed."
+    def wrap(fn: Callable) -> Callable:
+        @wraps(fn)
+        def call(*args: Any, **kw: Any) -> Any: return fn(*args, **new_names(f"{fn.__name__}()", kw, names))
+        return call
+    return wrap
 
 # %% ../nbs/00_core.ipynb #e0e98038
 class Settings(BaseSettings):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from myspinbot.api.client import Client
+from myspinbot.api.client import Client, migrate_journal
 from myspinbot.core import Settings
 
 HERE = Path(__file__).parent
@@ -49,6 +49,7 @@ class Farm:
                                      SPIN_PIPELINES_DIR=str(pipelines), SPIN_LEASE_S=str(lease_s), SPIN_SCAN_S="0.5",
                                      SPIN_CONTROL_PORT="0",
                                      SPIN_WITNESS=str(self.witness))
+        migrate_journal(self.cfg)
         self.client = Client(self.cfg, Catalogue(pipelines))
 
     def start(self, name: str, program: Sequence[str] = (sys.executable, "-m", "myspinbot"),

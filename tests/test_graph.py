@@ -9,6 +9,7 @@ import pytest
 from PIL import Image as Picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from myspinbot.store.artifacts import LocalStore
 from myspinbot.graph.catalogue import Catalogue, control_step
@@ -222,6 +223,19 @@ G = doc(node("a"),
                                                                            default=[]),
                                                                            Port(name="free", default=None)))
 FACE = Artifact(sha256="ab" * 32, size=1, media_type="image/png", name="f.png")
+
+
+def test_bounds_under_their_old_names_are_the_same_bounds_with_a_warning(tmp_path: Path) -> None:
+    old, new = (Pipeline("p", catalogue=Catalogue(tmp_path)) for _ in range(2))
+    new.param("side", int, ge=8, le=16)
+    with pytest.warns(DeprecationWarning, match=r"param\(\): (least is called ge|most is called le) now") as told:
+        old.param("side", int, least=8, most=16)
+    assert len(told) == 2 and {w.filename for w in told} == {__file__}
+    assert old.to_graph() == new.to_graph()
+    with pytest.raises(InputError, match="side is 7; at least 8 and at most 16 can be given"):
+        resolve_params(old.to_graph(), dict(side=7))
+    with pytest.raises(TypeError, match="least"): old.param("other", int, ge=8, least=8)
+    with pytest.raises(ValidationError, match="least"): Port(name="other", ge=8, least=8)
 
 
 def test_parameters_are_filled_and_typed() -> None:

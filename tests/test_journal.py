@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -17,12 +18,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from myspinbot.store.steps import step_params
-from myspinbot.core import ConfigError, Conflict, FenceLost, InputError, NotFound, ServiceUnavailable
+from myspinbot.api.client import Client, migrate_journal
+from myspinbot.core import ConfigError, Conflict, FenceLost, InputError, NotFound, ServiceUnavailable, Settings
 from myspinbot.embedded import Embedded
 from myspinbot.store.journal import Journal, end_params
 from myspinbot.store.postgres import Connections
 from myspinbot.schema import JOB_END, Artifact, Graph, Job, Node, ParamRef, Port, StepRow
-from myspinbot.store.tables import MIGRATIONS, bad_text, mended, migrate, to_pg
+from myspinbot.store.tables import MIGRATIONS, OldTables, bad_text, check_tables, mended, migrate, to_pg
 
 GRAPH = Graph(name="hello", params=[Port(name="text", type="str", required=True)],
               nodes=[Node(id="say", step="speech.piper", inputs={"text": ParamRef(name="text")})])
@@ -80,6 +82,35 @@ def test_broken_migration_leaves_nothing_and_newer_database_is_refused(postgres_
     assert c.run(lambda o: o.execute("SELECT to_regclass('half') AS t").fetchone())["t"] is None
     c.run(lambda o: migrate(o, [(1, "first", "SELECT 1"), (99, "from the future", "SELECT 1")]))
     with pytest.raises(ConfigError, match="migration 99"): Journal(postgres_url).migrate()
+    with pytest.raises(ConfigError, match="migration 99"): Journal(postgres_url).check()
+
+
+def test_rows_of_every_earlier_version_are_read(postgres_url: str) -> None:
+    graph = Graph(name="g", params=[Port(name="text", type="str", le=9)]).to_json()
+    graph["params"][0]["most"] = graph["params"][0].pop("le")  # as it was called
+    known = len(MIGRATIONS)
+    with psycopg.connect(postgres_url, autocommit=True, row_factory=psycopg.rows.dict_row) as c:
+        for n in range(1, known + 1):
+            migrate(c, MIGRATIONS[:n])
+            if n == 1: c.execute("INSERT INTO graph VALUES ('h', %s)", [json.dumps(graph)])
+            if n < known:
+                with pytest.raises(OldTables, match=f"up to migration {n}; this MySpinBot needs {known}") as e: check_tables(c)
+                assert "`myspinbot up`" in e.value.hint
+            c.execute(f"""INSERT INTO job (id, pipeline, graph, params, request, {"no_cache" if n >= 5 else "fresh"})
+                          VALUES (%s, 'g', 'h', '{{}}', '', '{{say}}')""", [f"job_{n}"])
+        check_tables(c)
+    with closing(Journal(postgres_url)) as j, pytest.warns(DeprecationWarning, match="most is called le now"):
+        assert sorted((o.id, o.no_cache, o.graph.params[0].le) for o in j.jobs()) == [
+            (f"job_{n}", ("say",), 9) for n in range(1, known + 1)]
+
+
+def test_client_changes_no_tables_and_says_who_does(postgres_url: str, redis_url: str, tmp_path: Path) -> None:
+    cfg = Settings(home=tmp_path, postgres_url=postgres_url, redis_url=redis_url)
+    with pytest.raises(OldTables, match="no tables of MySpinBot yet"): Client(cfg)
+    with psycopg.connect(postgres_url) as c:
+        assert c.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'").fetchone() == (0,)
+    assert migrate_journal(cfg) == [n for n, *_ in MIGRATIONS] and migrate_journal(cfg) == []
+    with Client(cfg) as c: assert c.jobs() == []
 
 
 # --- submitting
@@ -92,8 +123,8 @@ def test_same_key_a_hundred_times_at_once_is_one_job(journal):
 
 def test_same_key_for_another_request_is_a_conflict(journal):
     old = journal.submit(GRAPH, {"text": "hi"}, idempotency_key="k")
-    for params, fresh in (({"text": "ho"}, ()), ({"text": "hi"}, ("say",))):
-        with pytest.raises(Conflict, match=old.id): journal.submit(GRAPH, params, idempotency_key="k", fresh=fresh)
+    for params, no_cache in (({"text": "ho"}, ()), ({"text": "hi"}, ("say",))):
+        with pytest.raises(Conflict, match=old.id): journal.submit(GRAPH, params, idempotency_key="k", no_cache=no_cache)
     assert len(journal.jobs()) == 1
 
 

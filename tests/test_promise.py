@@ -1,10 +1,13 @@
 """The promise, with real processes: an accepted job is never lost, ends once, and shows each result once."""
 import json
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import nbformat
+import psycopg
 import redis
 from farm import wait_for
 
@@ -233,3 +236,15 @@ def test_cancel_and_retry_at_once_gives_one_result(farm, tmp_path):
     gate.touch()
     assert f.done(job, 60).status == "succeeded"
     assert (f.step(job, "slow").attempt, f.client.job(job).outputs["slow"]) == (5, "x")
+
+
+def test_worker_and_api_that_start_before_the_tables_are_made_wait_for_them(farm, postgres_url: str) -> None:
+    f = farm(TOYS)
+    with psycopg.connect(postgres_url, autocommit=True) as c: c.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    for name, args in (("w1", ["worker", "--name", "w1"]), ("api", ["api"])):
+        with open(f.logs / f"{name}.log", "ab") as log:
+            f.procs[name] = subprocess.Popen([sys.executable, "-m", "myspinbot", *args], env=f.env, stdout=log, stderr=log)
+    for name in ("w1", "api"): wait_for(f"{name} waits", lambda name=name: "waiting for a conductor" in f.log(name))
+    f.start("control")
+    for name in ("w1", "api"): wait_for(f"{name} is ready", lambda name=name: "ready" in f.log(name))
+    assert f.done(f.client.submit("fan").id).status == "succeeded"

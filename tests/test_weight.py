@@ -8,8 +8,9 @@ LATER = ("papermill", "nbclient", "ipykernel", "zmq", "IPython", "langgraph", "n
          "matplotlib", "fastapi", "uvicorn")
 CONNECT = f"""
 import sys
-from myspinbot.api.client import Client
+from myspinbot.api.client import Client, migrate_journal
 from myspinbot.jobs.worker import Worker
+migrate_journal()
 with Client() as c:
     w = Worker(c.journal, c.bridge, c.events, c.store, c.catalogue, "weight:0", c.cfg)
     assert w.pending(__import__("threading").Event()) == []

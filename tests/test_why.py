@@ -47,8 +47,8 @@ class Runs:
         self.folder, self.steps = folder, folder / "pipelines" / "steps"
         self.runner = LocalRunner(Catalogue(folder / "pipelines"), folder / "home")
 
-    def __call__(self, text: str = "a", fresh: tuple[str, ...] = (), id: str = "toy.helped") -> LocalJob:
-        lj = self.runner.run(graph(id), dict(text=text), fresh=fresh)
+    def __call__(self, text: str = "a", no_cache: tuple[str, ...] = (), id: str = "toy.helped") -> LocalJob:
+        lj = self.runner.run(graph(id), dict(text=text), no_cache=no_cache)
         assert lj.job.status == "succeeded", lj.job.error
         return lj
 
@@ -96,7 +96,7 @@ def test_every_other_part_of_a_key_is_seen_and_named(runs: Runs) -> None:
     assert runs().rows["it"].status == "cached"  # as it was before
     path.write_text(path.read_text().replace("helper.VALUE}", "helper.VALUE}!"))
     assert runs().why["it"] == ["the notebook's cells changed", "file prompts/b.txt is gone"]
-    assert runs(fresh=("it",)).why["it"] == ["fresh asked for: the job wanted this step to run again"]
+    assert runs(no_cache=("it",)).why["it"] == ["no_cache: the job asked for this step to run again"]
     write_step(runs.folder / "pipelines", USES, id="toy.never", cache=False)
     runs(id="toy.never")
     assert runs(id="toy.never").why["it"] == ["cache: false in the step's metadata"]
@@ -197,7 +197,7 @@ def test_workers_say_why_and_see_every_edit(farm, tmp_path: Path) -> None:
     fourth = job("b")
     assert fourth.outputs == dict(value="b 222")
     assert why(fourth) == ["module helper2 changed", "parameter text changed: 'a' -> 'b'"]
-    assert why(job("b", fresh=("it",))) == ["fresh asked for: the job wanted this step to run again"]
+    assert why(job("b", no_cache=("it",))) == ["no_cache: the job asked for this step to run again"]
     told = cli(f, "why", fourth.id, "it")
     assert "module helper2 changed" in told and f"compared with {third.id}/it" in told
     assert json.loads(cli(f, "why", fourth.id, "it", "--json"))["reasons"] == why(fourth)

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from ..core import NotFound, SpinError, error_from_dict, own_folder, settings
+from ..core import NotFound, SpinError, error_from_dict, own_folder, renamed, settings
 from ..schema import JOB_END, STEP_END, Artifact, Event, Job, StepRow
 from ..graph.builder import Pipeline
 from ..graph.catalogue import catalogue
@@ -169,11 +169,12 @@ class LiveView:
             else: self.handle = display(view, display_id=True)
 
 @patch
-def run(self: Pipeline, *, approve: Callable[[str, Any], bool] | None = None, fresh: tuple[str, ...] = (),
+@renamed(fresh="no_cache")
+def run(self: Pipeline, *, approve: Callable[[str, Any], bool] | None = None, no_cache: tuple[str, ...] = (),
     **params: Any) -> Run:
     "Run here and now, with a live view in a notebook; raises the error of the step that failed."
     r = local_runner()
-    lj = r.run(self.to_graph(), params, on_change=LiveView(), approve=approve, fresh=fresh)
+    lj = r.run(self.to_graph(), params, on_change=LiveView(), approve=approve, no_cache=no_cache)
     out = Run(lj.job, list(lj.rows.values()), lambda a, name, folder: r.store.fetch(a, folder, name),
         r.home / "results" / lj.job.id, explain=lambda key: lj.why.get(key, []))
     if out.error: raise out.error

@@ -16,7 +16,7 @@ import psutil, structlog
 from ..core import Conflict, ServiceUnavailable, Settings, SpinError, atomic_write, own_folder, settings
 from ..logs import rotate
 from ..embedded import Embedded
-from ..api.client import service_settings
+from ..api.client import migrate_journal, service_settings
 from ..api.doors import Door
 
 log = structlog.get_logger("myspinbot.cli.services")
@@ -97,6 +97,7 @@ class Stack:
         if cfg.auth == "none": log.warning("SPIN_AUTH=none: everybody on this machine may use the API and the studio")
         if not (cfg.redis_url and cfg.postgres_url): self.embedded.start()
         cfg = service_settings(cfg)
+        migrate_journal(cfg)
         self.token = Door.of(cfg, cfg.control_host).token
         urls = {f"SPIN_{n}_URL": getattr(cfg, f"{n.lower()}_url").get_secret_value() for n in ("REDIS", "POSTGRES", "STORE")}
         self.env = urls | dict(SPIN_HOME=str(cfg.home), SPIN_SUPERVISOR=str(os.getpid()))

@@ -12,8 +12,8 @@ from typing import Any
 from fastcore.basics import patch
 from pydantic import ValidationError
 
-from ..core import GraphError, InputError, NotFound
-from ..schema import Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec, check_json, port_type
+from ..core import GraphError, InputError, NotFound, renamed
+from ..schema import BOUNDS, Condition, Graph, Node, ParamRef, Port, PortRef, StepSpec, check_json, port_type
 from ..schema import show_value
 from .catalogue import Catalogue, catalogue
 from .check import Scope, check_condition, check_node, explain, show_ref
@@ -99,14 +99,15 @@ class Pipeline:
         self.catalogue = catalogue or default_catalogue()
         self.scope, self.outputs = Scope(), {}
 
+    @renamed(**BOUNDS)
     def param(self,
         name: str,
         type: Any = str,     # str, int, float, bool, list, dict, Image, Audio, Video, Data, list[...] of one
         default: Any = ...,  # without one the parameter is required
         help: str = "",      # what a form shows beside it
         *,
-        least: float | None = None,  # smallest number; of a text its length, of a picture its shorter side
-        most: float | None = None,   # largest number, or length
+        ge: float | None = None,  # smallest number; of a text its length, of a picture its shorter side
+        le: float | None = None,  # largest number, or length
     ) -> Value:
         "Declare a parameter; what is beyond its bounds is refused before anything runs."
         kind = port_type(type)
@@ -117,8 +118,7 @@ class Pipeline:
         if default is not ... and not fits(value, kind):
             raise GraphError(f"The default of {name} is {show_value(default)} ({type_of(default)}), which is not {kind}.",
                              "Change the default or the type.")
-        try: port = Port(name=name, type=kind, required=default is ..., default=value, help=help, least=least,
-                         most=most)
+        try: port = Port(name=name, type=kind, required=default is ..., default=value, help=help, ge=ge, le=le)
         except ValidationError as e:
             raise GraphError(f"{name!r} is no name for a parameter.", "Use lower case, digits and underscores.") from e
         self.scope.params[name] = port

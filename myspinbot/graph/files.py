@@ -51,7 +51,7 @@ def check_file(
     if (form is None or kind not in form.kinds) and (kind != "Image" or told):
         said = f"{found}, which is not read" if kind == "Image" and form and form.convert else f"no {kind.lower()} but {found}"
         raise InputError(f"{where}: {path!r} is {said}.", f"{give(kind, form)} {where} is of type {kind}.", path=path)
-    if kind == "Image": check_picture(f"{where}: {path!r}", file, head, port.least or 1)
+    if kind == "Image": check_picture(f"{where}: {path!r}", file, head, port.ge or 1)
 
 # %% ../../nbs/graph/04_files.ipynb #36088fdb
 def check_picture(

@@ -23,11 +23,11 @@ def check_bounds(
     where: str,  # for the message
 ) -> None:
     "Raise `InputError` for a number or a length beyond the bounds that a parameter declares."
-    if value is None or port.type in MEDIA or (port.least is None and port.most is None): return
+    if value is None or port.type in MEDIA or (port.ge is None and port.le is None): return
     sized = isinstance(value, str | list | dict)
     n, unit = (len(value), " characters" if isinstance(value, str) else " items") if sized else (value, "")
-    if (port.least is None or n >= port.least) and (port.most is None or n <= port.most): return
-    ends = [f"at {k} {o:,g}" for k, o in dict(least=port.least, most=port.most).items() if o is not None]
+    if (port.ge is None or n >= port.ge) and (port.le is None or n <= port.le): return
+    ends = [f"{k} {o:,g}" for k, o in (("at least", port.ge), ("at most", port.le)) if o is not None]
     got = f"has {n:,}{unit}" if sized else f"is {n:,g}"
     raise InputError(f"{where} {got}; {' and '.join(ends)} can be given.",
                      f"{port.name}: {port.help}." if port.help else "", parameter=port.name)

@@ -61,13 +61,13 @@ def _show(v: Any) -> str: return v.name if isinstance(v, Artifact) else show_val
 def forced(
     row: StepRow,
     graph: Graph,
-    fresh: Sequence[str],      # nodes that the job wanted to run again
+    no_cache: Sequence[str],   # nodes that the job wanted to run again
     spec: StepSpec | None,     # None: this machine does not know the step
 ) -> list[str]:
     "Why the cache was not asked."
     node = graph.node(row.node)
     return [said for on, said in (
-        (row.node in fresh, "fresh asked for: the job wanted this step to run again"),
+        (row.node in no_cache, "no_cache: the job asked for this step to run again"),
         (spec is not None and not spec.cache, "cache: false in the step's metadata"),
         (node is not None and not node.cache, "cache=False in the pipeline")) if on]
 
@@ -85,7 +85,7 @@ def found_out(row: StepRow) -> list[str]:
 def reasons(
     row: StepRow,
     graph: Graph,
-    fresh: Sequence[str] = (),
+    no_cache: Sequence[str] = (),
     spec: StepSpec | None = None,
     now: Mapping[str, Any] | None = None,                        # what the row was made of
     last: tuple[StepRow, Mapping[str, Any]] | None = None,       # the run before, and what that was made of
@@ -96,7 +96,7 @@ def reasons(
         job, _, key = (row.origin or "").partition("/")
         return [f"cached: same key as job {job}, step {key}"]
     if row.status == "pending": return ["it waits for the steps before it"]
-    said = forced(row, graph, fresh, spec)
+    said = forced(row, graph, no_cache, spec)
     if last is None: said.append("first run of this step")
     else:
         before, made = last

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from ..core import Cancelled, ConfigError, SpinError, atomic_write, canonical_json, hash_json, new_id
+from ..core import Cancelled, ConfigError, SpinError, atomic_write, canonical_json, hash_json, new_id, renamed
 from ..core import settings, whole_text
 from ..schema import Artifact, Event, Graph, Job, StepRow, StepSpec, revive
 from ..graph.catalogue import Catalogue
@@ -89,12 +89,12 @@ class LocalJob:
     "One run of a graph by a `LocalRunner`: its rows, as the journal would show them."
     def __init__(self, runner: LocalRunner, graph: Graph, params: dict[str, Any],
                  on_change: Callable[["LocalJob", Event], None] | None, approve: Callable[[str, Any],
-                     bool] | None, fresh: tuple[str, ...]):
+                     bool] | None, no_cache: tuple[str, ...]):
         self.runner, self.approve, self.stopping = runner, approve, threading.Event()
         self.name, self.settings = "here", settings()
         self.on_change = on_change or (lambda *_: None)
         self.job = Job(id=new_id("run"), graph=graph, params=params, status="running", created_at=now(),
-            started_at=now(), fresh=fresh)
+            started_at=now(), no_cache=no_cache)
         self.rows: dict[str, StepRow] = {}
         self.why: dict[str, list[str]] = {}            # reasons, for each step that has ended
         self.made: dict[str, tuple[StepSpec, dict[str, Any]]] = {}  # by hash of what a step is made of: the step, and the parts
@@ -185,20 +185,21 @@ def settle(self: LocalJob, row: StepRow) -> None:
     last = self.runner.last(row)
     old = (StepRow.model_validate_json(canonical_json(last["row"])), last["parts"]) if last else None
     if old: old = (old[0].model_copy(update=dict(inputs=revive(old[0].inputs))), old[1])
-    self.why[row.key] = reasons(row, self.job.graph, self.job.fresh, spec, parts, old)
+    self.why[row.key] = reasons(row, self.job.graph, self.job.no_cache, spec, parts, old)
     if row.status != "succeeded": return
     self.runner.last(row, dict(row=row.to_json(), parts=parts))
     if spec.cache: self.runner.remember(row)
 
 # %% ../../nbs/jobs/01_local.ipynb #3b9246a2
 @patch
+@renamed(fresh="no_cache")
 def run(self: LocalRunner,
     graph: Graph,
     params: dict[str, Any],  # as given by the user; files as paths
     *,
     on_change: Callable[[LocalJob, Event], None] | None = None,  # called for every event, from other threads
     approve: Callable[[str, Any], bool] | None = None,           # answers approvals
-    fresh: tuple[str, ...] = (),                                 # nodes that must not come from the cache
+    no_cache: tuple[str, ...] = (),                              # nodes that must not come from the cache
 ) -> LocalJob:
     "Run a graph to its end in this process; a failed step makes a failed job, never an exception."
     graph, params = by_content(graph, params, self.store, self.catalogue.steps())
@@ -207,7 +208,7 @@ def run(self: LocalRunner,
     box: list[LocalJob] = []
 
     async def main() -> None:
-        box.append(lj := LocalJob(self, graph, params, on_change, approve, fresh))
+        box.append(lj := LocalJob(self, graph, params, on_change, approve, no_cache))
         results = await run_graph(graph, params, lambda t: run_step(lj, t))
         err = job_error(graph, results)
         lj.job = lj.job.model_copy(update=dict(status="failed" if err else "succeeded", error=err, ended_at=now(),

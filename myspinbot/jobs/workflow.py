@@ -143,7 +143,7 @@ async def run_step(
             version=spec.version, queue=spec.queue, priority=job.priority, inputs=t.inputs, code=code,
             input_hash=input_hash(spec, t.inputs, code), source_hash=spec.source_hash,
             weight=spec.weight, retries=spec.retries, timeout_s=spec.timeout_s))
-        wanted = spec.cache and job.graph.node(t.node).cache and t.node not in job.fresh
+        wanted = spec.cache and job.graph.node(t.node).cache and t.node not in job.no_cache
         if wanted and (old := await backend.cached(new.input_hash)):
             await backend.record(new.model_copy(update=dict(status="cached", outputs=old.outputs, notebook=old.notebook,
                 record=old.record, origin=f"{old.job}/{old.key}", worker=old.worker)))

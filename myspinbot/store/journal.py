@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..core import Conflict, NotFound, ServiceUnavailable, hash_json, new_id
 from ..schema import PRIORITIES, Event, Graph, Job, StepRow, check_priority, dump_value
 from .steps import AGAIN, EXPIRED, JOB_LIVE, LEASE, STEP_ENDED, Attempts
-from .tables import event_of, job_of, mended, migrate, to_pg
+from .tables import check_tables, event_of, job_of, mended, migrate, to_pg
 
 # %% ../../nbs/store/03_journal.ipynb #5a8afad0
 class Journal(Attempts):
@@ -23,6 +23,9 @@ class Journal(Attempts):
     def migrate(self) -> list[int]:
         "Create or update the tables; any number of processes may call it at once."
         return self.connections.run(migrate, reply_s=120.0)  # it may build an index, or wait for another's
+    def check(self) -> None:
+        "Raise `OldTables` or `ConfigError` where the tables are not those of this version."
+        self.connections.run(check_tables)
 
 @patch
 def submit(self: Journal,
@@ -32,7 +35,7 @@ def submit(self: Journal,
     priority: str = "normal",             # high, normal or low
     idempotency_key: str | None = None,
     parent: str | None = None,            # the job that this one belongs to
-    fresh: Sequence[str] = (),            # nodes that must not come from the cache
+    no_cache: Sequence[str] = (),         # nodes that must not come from the cache
     id: str | None = None,                # choose the id, to be able to repeat a submit
 ) -> Job:
     "Accept a job; raises `InputError` for what cannot be stored and `Conflict` for a key that was used otherwise."
@@ -40,12 +43,12 @@ def submit(self: Journal,
     to_pg(dict(idempotency_key=idempotency_key, parent=parent, id=id))
     body, values, id = to_pg(graph), to_pg(dict(params)), id or new_id()
     plain = graph.to_json()
-    request, hash = hash_json([plain, dump_value(dict(params)), list(fresh)]), hash_json(plain)
+    request, hash = hash_json([plain, dump_value(dict(params)), list(no_cache)]), hash_json(plain)
     new = self.row("""WITH g AS (INSERT INTO graph (hash, body) VALUES (%(hash)s, %(body)s) ON CONFLICT DO NOTHING)
-        INSERT INTO job (id, pipeline, graph, params, priority, idempotency_key, request, parent, fresh)
-        VALUES (%(id)s, %(pipeline)s, %(hash)s, %(values)s, %(rank)s, %(ikey)s, %(request)s, %(parent)s, %(fresh)s)
+        INSERT INTO job (id, pipeline, graph, params, priority, idempotency_key, request, parent, no_cache)
+        VALUES (%(id)s, %(pipeline)s, %(hash)s, %(values)s, %(rank)s, %(ikey)s, %(request)s, %(parent)s, %(no_cache)s)
         ON CONFLICT DO NOTHING RETURNING *""", hash=hash, body=body, id=id, pipeline=graph.name, values=values,
-        rank=PRIORITIES.index(priority), ikey=idempotency_key, request=request, parent=parent, fresh=list(fresh))
+        rank=PRIORITIES.index(priority), ikey=idempotency_key, request=request, parent=parent, no_cache=list(no_cache))
     return job_of(new | dict(body=body)) if new else self.submitted(id, idempotency_key, request)
 
 @patch

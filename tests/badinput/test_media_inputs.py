@@ -27,7 +27,7 @@ from myspinbot.schema import Artifact, Graph, Node, ParamRef, Port, PortRef
 
 ROOT = Path(__file__).resolve().parents[2]
 CATALOGUE = Catalogue(ROOT / "pipelines")
-PREPARE = Graph(name="face", params=(Port(name="portrait", type="Image", required=True, least=48),),
+PREPARE = Graph(name="face", params=(Port(name="portrait", type="Image", required=True, ge=48),),
                 nodes=(Node(id="prepare", step="portrait.prepare",
                             inputs=dict(image=ParamRef(name="portrait"), size=256, upscaler="none")),),
                 outputs={k: PortRef(node="prepare", port=k) for k in ("portrait", "landmarks")})

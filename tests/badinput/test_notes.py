@@ -24,7 +24,7 @@ from myspinbot.media.picture import load_picture
 from myspinbot.schema import Port
 from myspinbot.executor.step import preview_jpeg
 
-PORT = Port(name="portrait", type="Image", least=48)
+PORT = Port(name="portrait", type="Image", ge=48)
 RGB = np.zeros((64, 96, 3), np.uint8)  # four fields, so that each of the eight orientations looks different
 RGB[:32, :48], RGB[:32, 48:], RGB[32:, :48], RGB[32:, 48:] = (220, 40, 40), (40, 200, 40), (40, 60, 220), (230, 220, 60)
 UPRIGHT = Picture.fromarray(RGB)

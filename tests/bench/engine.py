@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from myspinbot.graph.catalogue import Catalogue
-from myspinbot.api.client import Client
+from myspinbot.api.client import Client, migrate_journal
 from myspinbot.core import Settings
 from myspinbot.embedded import Embedded
 from myspinbot.graph.plan import input_hash
@@ -74,7 +74,8 @@ def installation(**settings: Any) -> Iterator[tuple[Client, dict[str, str], Path
         settings |= dict(redis_url=urls.redis_url, postgres_url=urls.postgres_url, pipelines_dir=str(steps.parent))
         env = os.environ | dict(SPIN_HOME=name) | {f"SPIN_{k.upper()}": str(v) for k, v in settings.items()}
         try:
-            with Client(Settings(home=home, **settings), Catalogue(steps.parent)) as c: yield c, env, home
+            migrate_journal(cfg := Settings(home=home, **settings))
+            with Client(cfg, Catalogue(steps.parent)) as c: yield c, env, home
         finally: servers.stop()
 
 

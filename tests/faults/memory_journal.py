@@ -111,18 +111,18 @@ class MemoryJournal:
     # --- jobs
 
     def submit(self, graph: Graph, params: Mapping[str, Any], *, priority: str = "normal", idempotency_key: str | None = None,
-               parent: str | None = None, fresh: Sequence[str] = (), id: str | None = None) -> Job:
+               parent: str | None = None, no_cache: Sequence[str] = (), id: str | None = None) -> Job:
         self.transaction += 1
         check_priority(priority)
         to_pg(dict(params, idempotency_key=idempotency_key, parent=parent, id=id))
         id, plain = id or self.new_id(), graph.to_json()
-        request = hash_json([plain, dump_value(dict(params)), list(fresh)])
+        request = hash_json([plain, dump_value(dict(params)), list(no_cache)])
         if old := self.job_rows.get(id) or self.job_rows.get(self.keys.get(idempotency_key, "")):
             if old["request"] != request: raise Conflict(f"The idempotency key {idempotency_key or id!r} belongs to {old['id']}.")
             return self.as_job(old)
         j = dict(id=id, graph=graph, params=dict(params), status="queued", priority=priority, idempotency_key=idempotency_key,
-                 parent=parent, fresh=tuple(fresh), outputs={}, error=None, epoch=0, owner=None, lease_until=None, request=request,
-                 created_at=self.clock(), started_at=None, ended_at=None)
+                 parent=parent, no_cache=tuple(no_cache), outputs={}, error=None, epoch=0, owner=None, lease_until=None,
+                 request=request, created_at=self.clock(), started_at=None, ended_at=None)
         self.job_rows[id], self.by_job[id] = j, {}
         if idempotency_key is not None: self.keys[idempotency_key] = id
         self.job_event(j)

@@ -118,7 +118,7 @@ def calls(r: random.Random, m: MemoryJournal) -> Iterator[tuple[str, tuple, dict
                         id=id,
                         priority=r.choice(("high", "normal", "low", "odd")),
                         parent=r.choice((None, "job_a")),
-                        fresh=r.choice(((), ("say",))),
+                        no_cache=r.choice(((), ("say",))),
                     ),
                 ),
                 ("submit", (GRAPHS[0], {"text": "x"}), dict(id="job_c", idempotency_key="k")),

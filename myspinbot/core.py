@@ -8,7 +8,7 @@ __all__ = ['whole_text', 'each_text', 'mended', 'printable', 'printable_json', '
            'GateFailed', 'Cancelled', 'ResourceLimit', 'FenceLost', 'AccessDenied', 'Conflict', 'ServiceUnavailable',
            'KernelDied', 'StepTimeout', 'error_from_dict', 'as_spin_error', 'canonical_json', 'hash_bytes', 'hash_json',
            'hash_file', 'new_id', 'process_tag', 'orphaned', 'sweep_orphans', 'atomic_write', 'own_folder', 'new_names',
-           'renamed', 'Settings', 'settings']
+           'renamed', 'old_name', 'Settings', 'settings']
 
 # %% ../nbs/00_core.ipynb #999b9cd0
 import hashlib, json, math, os, re, secrets, shutil, socket, warnings
@@ -269,16 +269,17 @@ def own_folder(
     return path
 
 # %% ../nbs/00_core.ipynb #1054878b
+def _warn(where: str, old: str, new: str, stacklevel: int = 4) -> None:
+    warnings.warn(f"{where}: {old} is called {new} now; the old name goes in 0.2.", DeprecationWarning, stacklevel)
+
 def new_names(
     where: str,                    # for the warning
     given: Mapping[str, Any],      # keyword arguments, or the fields of a value
     renamed: Mapping[str, str],    # old name -> new name
-    stacklevel: int = 2,
 ) -> dict[str, Any]:
     "What was given, under the names of today; warns of old ones."
     old = {k: renamed[k] for k in given if k in renamed and renamed[k] not in given}
-    for k, new in old.items():
-        warnings.warn(f"{where}: {k} is called {new} now; the old name goes in 0.2.", DeprecationWarning, stacklevel + 1)
+    for k, new in old.items(): _warn(where, k, new)
     return {old.get(k, k): v for k, v in given.items()} if old else dict(given)
 
 def renamed(
@@ -290,6 +291,16 @@ def renamed(
         def call(*args: Any, **kw: Any) -> Any: return fn(*args, **new_names(f"{fn.__name__}()", kw, names))
         return call
     return wrap
+
+def old_name(
+    old: str,
+    new: str,  # the attribute's name now
+) -> property:
+    "An attribute under its old name."
+    def read(self: Any) -> Any:
+        _warn(type(self).__name__, old, new, stacklevel=3)
+        return getattr(self, new)
+    return property(read)
 
 # %% ../nbs/00_core.ipynb #e0e98038
 class Settings(BaseSettings):

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from .core import GraphError, InputError, new_names
+from .core import GraphError, InputError, new_names, old_name
 
 # %% ../nbs/01_schema.ipynb #e1dd0417
 class Wire(BaseModel):
@@ -141,6 +141,7 @@ class Port(Wire):
     help: str = ""
     ge: float | None = None  # smallest number; of a text its length, of a list its items, of a picture its shorter side
     le: float | None = None  # largest number, or length
+    least, most = old_name("least", "ge"), old_name("most", "le")
 
     @model_validator(mode="before")
     @classmethod
@@ -295,6 +296,7 @@ class Job(Wire):
     idempotency_key: str | None = None
     parent: str | None = None
     no_cache: tuple[str, ...] = Field((), strict=False)  # nodes that must not come from the cache
+    fresh = old_name("fresh", "no_cache")
     outputs: dict[str, Any] = {}
     error: dict[str, Any] | None = None
     epoch: int = 0

@@ -20,7 +20,7 @@ from myspinbot.graph.draw import draw
 from myspinbot.graph.files import file_values, store_files
 from myspinbot.graph.params import params_from_text, resolve_params
 from myspinbot.graph.check import validate_graph
-from myspinbot.schema import Artifact, Audio, Condition, Data, Graph, Image, Node, ParamRef, Port, PortRef, Video
+from myspinbot.schema import Artifact, Audio, Condition, Data, Graph, Image, Job, Node, ParamRef, Port, PortRef, Video
 
 
 @control_step("gt.read", outputs={"text": "str", "words": "int", "lines": "list[str]", "score": "float", "ok": "bool"})
@@ -232,6 +232,12 @@ def test_bounds_under_their_old_names_are_the_same_bounds_with_a_warning(tmp_pat
         old.param("side", int, least=8, most=16)
     assert len(told) == 2 and {w.filename for w in told} == {__file__}
     assert old.to_graph() == new.to_graph()
+    [port] = old.to_graph().params
+    with pytest.warns(DeprecationWarning, match="Port: (least is called ge|most is called le) now") as told:
+        assert (port.least, port.most) == (8, 16)
+    with pytest.warns(DeprecationWarning, match="Job: fresh is called no_cache now") as of_job:
+        assert Job(id="j", graph=old.to_graph(), no_cache=["a"]).fresh == ("a",)
+    assert {w.filename for w in [*told, *of_job]} == {__file__}
     with pytest.raises(InputError, match="side is 7; at least 8 and at most 16 can be given"):
         resolve_params(old.to_graph(), dict(side=7))
     with pytest.raises(TypeError, match="least"): old.param("other", int, ge=8, least=8)

@@ -49,6 +49,7 @@ def migrate_journal(
     from myspinbot.store.journal import Journal
     with closing(Journal(service_settings(cfg).postgres_url.get_secret_value())) as j: return j.migrate()
 
+# %% ../../nbs/api/00_client.ipynb #91284b88
 class Client:
     "Talks to the journal, the store and Redis; safe to share between threads."
     def __init__(self,
@@ -102,6 +103,7 @@ def submit(self: Client,
     return self.accept(self.graph(pipeline), {} if params is None else params, priority=priority,
                        idempotency_key=idempotency_key, parent=parent, no_cache=no_cache)
 
+# %% ../../nbs/api/00_client.ipynb #a3a3ff08
 @patch
 def accept(self: Client,
     graph: Graph,

@@ -21,7 +21,7 @@ from .console import Json, app, client, err, out, show_json, start_log, stop_on_
 
 log = structlog.get_logger("myspinbot.cli.processes")
 
-# %% ../../nbs/cli/02_processes.ipynb #f0caa269
+# %% ../../nbs/cli/02_processes.ipynb #0d2feb7e
 def client_of_process(
     stop: threading.Event,  # do not wait any longer
 ) -> Any:  # a `Client`
@@ -36,6 +36,7 @@ def client_of_process(
             if stop.wait(0.2): raise
             told = True
 
+# %% ../../nbs/cli/02_processes.ipynb #f0caa269
 @app.command(rich_help_panel="Processes")
 def control() -> None:
     "Run a conductor and the reconciler until stopped."

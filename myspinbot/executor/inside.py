@@ -96,6 +96,7 @@ def _why_not(content: dict[str, Any]) -> str:
         except (TypeError, ValueError, RecursionError) as e: return f"{what} cannot be JSON: {e!s:.200}"
     return "it cannot be JSON"
 
+# %% ../../nbs/executor/01_inside.ipynb #c6652a4f
 def speak_plainly(
     kernel: Any,  # ipykernel's, in a new kernel
 ) -> None:
@@ -249,7 +250,8 @@ def begin(context: dict[str, Any] | None, cwd: str | None) -> None:
 def _settle() -> None:
     "After a cell: what came through the pipes of both streams belongs to this cell."
     for stream in (_baseline["stdout"], _baseline["stderr"]):
-        if getattr(stream, "_fid", None) is not None: _take_in(stream, final=True)
+        with _undisturbed():  # what has left the pipe must reach the stream
+            if getattr(stream, "_fid", None) is not None: _take_in(stream, final=True)
         stream.flush()  # ipykernel asks this of what stands at sys.stdout, which the cell may have replaced
 
 def leaving() -> dict[str, Any]:  # `handlers`: how many wait for `farewell`; and what `step.imported` tells
